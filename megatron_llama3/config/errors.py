@@ -1,0 +1,17 @@
+"""The one exception that means: what the user asked for cannot be done, and here is the line that says why."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in flags, files or data. Its message is one line naming the flag or file, the value, and what to do."""
+
+
+def exit_on_user_error(main: Callable[[], None]) -> None:
+    """Runs a tool's `main`; a UserError becomes `error: ...` on stderr and exit status 2, without a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
