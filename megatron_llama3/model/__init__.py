@@ -1,0 +1,1 @@
+"""Llama 3 as the paper tells it (section 3.2)."""

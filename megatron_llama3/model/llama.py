@@ -1,0 +1,203 @@
+"""Llama 3 (paper, section 3.2): norm, feed-forward, block, model. A `Llama` is the whole model or one pipeline chunk of it; layers keep
+their global numbers, so that a weight has one name everywhere.
+
+Shapes: s = sequence on this rank (of the whole sequence / CP, and / TP between blocks under sequence parallelism), b = micro-batch,
+h = hidden size. Activations are [s, b, h] throughout: what passes between pipeline stages is contiguous.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_llama3.config.model import ModelConfig
+from megatron_llama3.model.attention import Attention, AttentionMask, choose_kernel
+from megatron_llama3.model.loss import token_log_probs
+from megatron_llama3.model.rope import rotary_frequencies, rotary_table
+from megatron_llama3.model.sharding import initial_weight, weight_table
+from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel, VocabParallelEmbedding, local
+
+
+@dataclass
+class ModelInputs:
+    """What every stage reads for itself of one micro-batch: this CP rank's part of the sequence, in the order it holds it."""
+
+    tokens: Tensor
+    """int64 [s, b]"""
+    position_ids: Tensor
+    """int64 [s, b] or [s, 1]"""
+    mask: AttentionMask
+    targets: Tensor | None = None
+    """int64 [s, b]; without targets the model returns logits"""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a model is built, beside what it is."""
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 1234
+    attention_kernel: str = "auto"
+    loss_chunk_size: int = 1024
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+
+
+@lru_cache(maxsize=1)
+def fused_norm() -> tuple[str, Callable[[Tensor, Tensor, float], Tensor]]:
+    """The RMSNorm function in use and its name: NVIDIA apex's where it is installed (PyPI's `apex` is another package), else torch's."""
+    try:
+        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+    except ImportError:
+        return "torch", lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
+    return "apex", lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, weight: Tensor, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_norm()[1](x, local(self.weight), self.eps)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, weight: Callable[[str], Tensor], tp: TensorParallel):
+        super().__init__()
+        self.w1, self.w2, self.w3 = (ParallelLinear(weight(f"feed_forward.{w}.weight"), tp) for w in ("w1", "w2", "w3"))
+        self.tp = tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tp.gather_input(x)
+        return self.tp.reduce_output(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """h = x + Attention(norm(x)); h + FeedForward(norm(h))."""
+
+    def __init__(self, weight: Callable[[str], Tensor], config: ModelConfig, tp: TensorParallel, cp_group, kernel: str, recompute_core: bool):
+        super().__init__()
+        self.attention_norm = RMSNorm(weight("attention_norm.weight"), config.norm_epsilon)
+        self.attention = Attention(weight, config, tp, cp_group, kernel, recompute_core)
+        self.ffn_norm = RMSNorm(weight("ffn_norm.weight"), config.norm_epsilon)
+        self.feed_forward = FeedForward(weight, tp)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache=None) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Llama(nn.Module):
+    """The layers `layers` of the model, with the embedding before or the output layer after them where this chunk has those.
+
+    Initial weights are a function of (weight name, seed) and equal under every layout; with `options.device` "meta" none are drawn.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: TensorParallel,
+        cp_group: dist.ProcessGroup,
+        layers: Sequence[int] | None = None,
+        has_embedding: bool = True,
+        has_output: bool = True,
+        options: BuildOptions | None = None,
+    ):
+        super().__init__()
+        options = options or BuildOptions()
+        self.config, self.tp, self.options = config, tp, options
+        self.specs = weight_table(config)
+        kernel = choose_kernel(options.attention_kernel, options.device, options.dtype)
+        self.layers = nn.ModuleDict()
+        for number in range(config.num_layers) if layers is None else layers:
+            self.layers[str(number)] = Block(
+                self._weights_of(f"layers.{number}."), config, tp, cp_group, kernel, options.recompute_granularity == "selective"
+            )
+        self.tok_embeddings = self.norm = self.output = None
+        weight = self._weights_of("")
+        if has_embedding:
+            self.tok_embeddings = VocabParallelEmbedding(weight("tok_embeddings.weight"), self._first_row(), tp)
+        if has_output:
+            self.norm = RMSNorm(weight("norm.weight"), config.norm_epsilon)
+            self.output = self._output_layer(weight)
+        frequencies = rotary_frequencies(config, torch.promote_types(options.dtype, torch.float32))
+        self.register_buffer("frequencies", frequencies.to(options.device), persistent=False)
+
+    def forward(self, x: Tensor | None, inputs: ModelInputs, caches: dict[int, object] | None = None) -> Tensor:
+        """x is None in a chunk with the embedding, else [s, b, h]. Returns [s, b, h], or after the output layer log p(target) [s, b]
+        (logits [s, b, V/t] without targets)."""
+        if self.tok_embeddings is not None:
+            x = self.tok_embeddings(inputs.tokens)
+        rotary = rotary_table(inputs.position_ids, self.frequencies) if self.layers else None
+        for group, recompute in self._layer_groups():
+            if recompute and torch.is_grad_enabled():
+                x = checkpoint(self._run, group, x, rotary, inputs.mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._run(group, x, rotary, inputs.mask, caches)
+        return x if self.output is None else self._head(x, inputs.targets)
+
+    def local_weights(self) -> dict[str, nn.Parameter]:
+        """Global name -> this rank's part. A tied output layer is the embedding and has its name."""
+        return {_global_name(n): p for n, p in self.named_parameters()}
+
+    def _run(self, group: list[str], x: Tensor, rotary, mask: AttentionMask, caches=None) -> Tensor:
+        for number in group:
+            x = self.layers[number](x, rotary, mask, caches[int(number)] if caches else None)
+        return x
+
+    def _layer_groups(self) -> list[tuple[list[str], bool]]:
+        """(layers, recompute them as one) in order, by Megatron's --recompute-method: `uniform` cuts all layers into groups of n,
+        `block` recomputes the first n one by one."""
+        numbers, o = list(self.layers), self.options
+        if o.recompute_granularity != "full":
+            return [(numbers, False)]
+        n = o.recompute_num_layers or 1
+        if o.recompute_method == "block":
+            return [([number], True) for number in numbers[:n]] + [(numbers[n:], False)]
+        return [(numbers[i : i + n], True) for i in range(0, len(numbers), n)]
+
+    def _head(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        x = self.norm(x)
+        if targets is not None:
+            return token_log_probs(x, self.output.weight, targets, self._first_row(), self.tp, self.options.loss_chunk_size)
+        logits = self.tp.gather_input(x) @ local(self.output.weight).T
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _output_layer(self, weight: Callable[[str], Tensor]) -> nn.Module:
+        if self.config.untie_embeddings_and_output_weights:
+            return ParallelLinear(weight("output.weight"), self.tp)
+        layer = ParallelLinear(weight("tok_embeddings.weight") if self.tok_embeddings is None else torch.empty(0), self.tp)
+        if self.tok_embeddings is not None:
+            layer.weight = self.tok_embeddings.weight
+        return layer
+
+    def _first_row(self) -> int:
+        """The first row of the vocabulary that this TP rank holds."""
+        return self.specs["tok_embeddings.weight"].local_range(self.tp.size, self.tp.rank)[0]
+
+    def _weights_of(self, prefix: str) -> Callable[[str], Tensor]:
+        o = self.options
+
+        def weight(name: str) -> Tensor:
+            spec = self.specs[prefix + name]
+            if o.device.type == "meta":
+                return torch.empty(spec.local_shape(self.tp.size, self.tp.rank), dtype=o.dtype, device="meta")
+            return initial_weight(prefix + name, spec, o.seed, self.tp.size, self.tp.rank).to(o.device, o.dtype)
+
+        return weight
+
+
+def _global_name(name: str) -> str:
+    """The weight's name without what torch.compile puts into it."""
+    return name.replace("_orig_mod.", "")

@@ -1,0 +1,109 @@
+"""megatron-core's process groups over NCCL, gloo or torch's fake backend, held in one object that is passed to whoever communicates."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from megatron_llama3.config.parallel import ParallelConfig
+from megatron_llama3.parallel.topology import Coordinates, Topology
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Every group this rank belongs to. `dp_cp` is what gradients are reduced over, `embedding` pairs first and last pipeline stage."""
+
+    topology: Topology
+    rank: int
+    device: torch.device
+    tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    embedding: dist.ProcessGroup | None
+    control: dist.ProcessGroup
+    """All ranks on a CPU backend: object collectives and asynchronous saves."""
+
+    @property
+    def at(self) -> Coordinates:
+        return self.topology.coordinates(self.rank)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.at.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.at.pp == self.topology.pp - 1
+
+    def mesh(self) -> DeviceMesh:
+        """The (dp_cp, tp) mesh of this rank's pipeline stage; its groups are megatron-core's own."""
+        first_of_tp = [r - self.at.tp for r in self.topology.group_ranks(self.rank, "cp", "dp")]
+        layout = [[first + t for t in range(self.topology.tp)] for first in first_of_tp]
+        return DeviceMesh.from_group([self.dp_cp, self.tp], self.device.type, mesh=layout, mesh_dim_names=("dp_cp", "tp"))
+
+
+def initialize_groups(config: ParallelConfig, timeout_minutes: float = 10.0) -> ParallelGroups:
+    """Joins the job that torchrun or srun describes in the environment and makes every group.
+
+    Without RANK in the environment this is a job of one process. The default group is left as it is if one exists already (tests, the
+    fake backend).
+    """
+    device = _this_device()
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return _make_groups(config, device, timeout_minutes)
+
+
+def destroy_groups() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _this_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: float) -> ParallelGroups:
+    from megatron.core import parallel_state
+
+    tp, cp, pp = config.tensor_model_parallel_size, config.context_parallel_size, config.pipeline_model_parallel_size
+    topology = Topology(tp=tp, cp=cp, pp=pp, dp=dist.get_world_size() // (tp * cp * pp))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        expert_tensor_parallel_size=tp * cp,  # megatron-core asserts on this rank order without it
+        order="tp-cp-ep-pp-dp",
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    rank = dist.get_rank()
+    in_embedding_group = topology.coordinates(rank).pp in (0, pp - 1)
+    return ParallelGroups(
+        topology=topology,
+        rank=rank,
+        device=device,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        embedding=parallel_state.get_embedding_group() if in_embedding_group else None,
+        control=dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo"),
+    )

@@ -1,0 +1,74 @@
+"""Tensor and sequence parallelism: column, row and vocabulary layers over one group (DESIGN: the collective and the product are
+separate autograd nodes, so that a zero-bubble schedule can run the weight half of a product alone).
+
+Shapes: s = sequence on this rank before gathering, b = micro-batch, h = hidden size, t = TP size.
+"""
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_llama3.parallel.collectives import copy_to_group, gather_sequence, reduce_from_group, reduce_scatter_sequence
+
+Linear = Callable[[Tensor, Tensor], Tensor]
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a weight that an engine may have turned into a DTensor."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+class TensorParallel:
+    """What a layer needs to know of tensor parallelism: the group, whether activations between blocks are cut along the sequence, and
+    the product `linear(x, weight)`, the one place where FP8, a fused kernel or deferred weight gradients come in."""
+
+    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool = False, linear: Linear = F.linear):
+        self.group = group
+        self.size = group.size()
+        self.rank = dist.get_rank(group)
+        self.sequence_parallel = sequence_parallel and self.size > 1
+        self.linear = linear
+
+    def gather_input(self, x: Tensor) -> Tensor:
+        """Before column layers. [s/t or s, b, h] -> [s, b, h]; in backward the input's gradient is summed over the group."""
+        return gather_sequence(x, self.group) if self.sequence_parallel else copy_to_group(x, self.group)
+
+    def reduce_output(self, x: Tensor) -> Tensor:
+        """After row layers. Partial sums [s, b, h] -> their sum, [s/t, b, h] with sequence parallelism."""
+        return reduce_scatter_sequence(x, self.group) if self.sequence_parallel else reduce_from_group(x, self.group)
+
+
+class ParallelLinear(nn.Module):
+    """One weight [out, in], or this rank's rows (column parallel) or columns (row parallel) of it. The collective around it is the
+    caller's: several column layers share one gathered input."""
+
+    def __init__(self, weight: Tensor, tp: TensorParallel):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.tp = tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tp.linear(x, local(self.weight))
+
+
+class VocabParallelEmbedding(nn.Module):
+    """This rank's rows of the embedding matrix, `first_row` onward (torch.chunk's split, which may be uneven)."""
+
+    def __init__(self, weight: Tensor, first_row: int, tp: TensorParallel):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.first_row = first_row
+        self.tp = tp
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [s, b] -> [s, b, h], or [s/t, b, h] with sequence parallelism."""
+        weight = local(self.weight)
+        if self.tp.size == 1:
+            return F.embedding(tokens, weight)
+        row = tokens - self.first_row
+        elsewhere = (row < 0) | (row >= weight.shape[0])
+        found = F.embedding(row.masked_fill(elsewhere, 0), weight)
+        return self.tp.reduce_output(found.masked_fill(elsewhere.unsqueeze(-1), 0))
