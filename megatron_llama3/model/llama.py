@@ -149,7 +149,7 @@ class Llama(nn.Module):
 
     def local_weights(self) -> dict[str, nn.Parameter]:
         """Global name -> this rank's part. A tied output layer is the embedding and has its name."""
-        return {_global_name(n): p for n, p in self.named_parameters()}
+        return dict(self.named_parameters())
 
     def _run(self, group: list[str], x: Tensor, rotary, mask: AttentionMask, caches=None) -> Tensor:
         for number in group:
@@ -197,7 +197,3 @@ class Llama(nn.Module):
 
         return weight
 
-
-def _global_name(name: str) -> str:
-    """The weight's name without what torch.compile puts into it."""
-    return name.replace("_orig_mod.", "")
