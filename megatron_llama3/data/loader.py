@@ -1,0 +1,190 @@
+"""The stream of training batches: which sequence comes when, under any layout, and where it stands, so that it can go on from there.
+
+    train, valid = build_train_and_valid_streams(config)
+    batch = train.next_batch(global_batch_size=8, seq_length=1024, micro_batch_size=2, dp_rank=0, dp_size=2)
+
+Every rank advances through the whole global batch by arithmetic, and reads only its own sequences. The position is a small table: for each
+dataset, named by its fingerprint, the epoch and the token offset. A sequence of s tokens advances its dataset by s; it reads one more, the
+target of its last token, which is also the first token of the dataset's next sequence.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.data.blend import next_sources
+from megatron_llama3.data.packing import PackedDocuments
+from megatron_llama3.data.sources import open_sources, parse_data_path, split_shares
+
+
+class Batch(NamedTuple):
+    """What one data-parallel rank trains on in one step; arrays [num_micro_batches, micro_batch_size, seq_length].
+
+    tokens and targets int64; loss_mask bool; document_ids int32, counting documents within each sequence from 0; position_ids int64.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    loss_mask: np.ndarray
+    document_ids: np.ndarray
+    position_ids: np.ndarray
+
+
+class TrainingStream:
+    """Batches blended from `sources` by integer `weights`; see the module's docstring.
+
+    The loss mask is False where the target belongs to another document than the token, unless `loss_across_documents`.
+    Positions run from 0 in each sequence or, with `reset_position_ids`, in each document of a sequence.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[PackedDocuments],
+        weights: Sequence[int],
+        vocab_size: int,
+        seed: int,
+        reset_position_ids: bool = False,
+        loss_across_documents: bool = False,
+    ) -> None:
+        self.sources, self.weights, self.vocab_size, self.seed = list(sources), list(weights), vocab_size, seed
+        self.reset_position_ids, self.loss_across_documents = reset_position_ids, loss_across_documents
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Back to the first sequence, as evaluation does each time."""
+        self._positions = [0] * len(self.sources)  # tokens given so far, all epochs
+        self._sequences = [0] * len(self.sources)
+        self._sequences_at_weights = [0] * len(self.sources)  # since the blend's weights last changed
+        self._past_sources: list[dict[str, Any]] = []  # table rows of datasets that are no longer in the blend
+
+    def plan_batch(self, global_batch_size: int, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Advances by one global batch. Returns the source's number and the position there of each sequence, int64 [global_batch_size]."""
+        drawn = next_sources(self.weights, self._sequences_at_weights, global_batch_size)
+        positions = np.empty(global_batch_size, dtype=np.int64)
+        for i in range(len(self.sources)):
+            mine = np.flatnonzero(drawn == i)
+            positions[mine] = self._positions[i] + seq_length * np.arange(len(mine))
+            self._positions[i] += seq_length * len(mine)
+            self._sequences[i] += len(mine)
+            self._sequences_at_weights[i] += len(mine)
+        return drawn, positions
+
+    def next_batch(self, global_batch_size: int, seq_length: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> Batch:
+        """The rows of `dp_rank` in the next global batch: its sequence k goes to micro-batch m, rank d, row j with k = (m * dp_size + d) *
+        micro_batch_size + j. Raises UserError if micro_batch_size * dp_size does not divide global_batch_size, or for a token id outside
+        the vocabulary.
+        """
+        if global_batch_size % (micro_batch_size * dp_size):
+            product = f"micro-batch size {micro_batch_size} x data-parallel size {dp_size}"
+            raise UserError(f"global batch size {global_batch_size} is not divisible by {product}")
+        drawn, positions = self.plan_batch(global_batch_size, seq_length)
+        ranks = np.arange(global_batch_size).reshape(-1, dp_size, micro_batch_size)
+        mine = ranks[:, dp_rank]
+        rows = [self._read(int(drawn[k]), int(positions[k]), seq_length) for k in mine.flat]
+        return Batch(*(np.stack(arrays).reshape(*mine.shape, seq_length) for arrays in zip(*rows)))
+
+    def _read(self, source: int, position: int, seq_length: int) -> Batch:
+        """One sequence: the arrays of a Batch, each [seq_length]."""
+        tokens, documents = self.sources[source].read(position, seq_length + 1, self.vocab_size)
+        same_document = documents[1:] == documents[:-1]
+        position_ids = np.arange(seq_length)
+        if self.reset_position_ids:
+            begins = np.flatnonzero(np.append(True, ~same_document[:-1]))
+            position_ids -= begins[documents[:-1]]
+        loss_mask = np.ones_like(same_document) if self.loss_across_documents else same_document
+        return Batch(tokens[:-1], tokens[1:], loss_mask, documents[:-1].astype(np.int32), position_ids)
+
+    def _row(self, i: int) -> dict[str, Any]:
+        source = self.sources[i]
+        epoch, offset = divmod(self._positions[i], source.tokens_per_epoch)
+        return {
+            "fingerprint": source.dataset.fingerprint,
+            "prefix": source.dataset.prefix,
+            "documents": [source.first, source.last],
+            "epoch": epoch,
+            "token_offset": offset,
+            "tokens_per_epoch": source.tokens_per_epoch,
+            "sequences": self._sequences[i],
+            "weight": self.weights[i],
+            "sequences_at_weights": self._sequences_at_weights[i],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, for JSON: one row a dataset of what it has given, those that left the blend included."""
+        return {"seed": self.seed, "sources": [self._row(i) for i in range(len(self.sources))] + self._past_sources}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`. Datasets may have come, gone, moved to other paths or changed weights: each goes on where it stood.
+
+        Raises UserError where going on would repeat or lose documents: another seed, or another split of the same dataset.
+        """
+        if state["seed"] != self.seed:
+            raise UserError(f"--seed {self.seed}, but the checkpoint's data was shuffled with seed {state['seed']}: documents would repeat")
+        self.rewind()
+        saved = {row["fingerprint"]: row for row in state["sources"]}
+        for i, source in enumerate(self.sources):
+            row = saved.pop(source.dataset.fingerprint, None)
+            if row is None:
+                continue
+            if row["documents"] != [source.first, source.last]:
+                raise UserError(
+                    f"{source.dataset.prefix}: documents {source.first} to {source.last} are for this part of the run, in the checkpoint "
+                    f"{row['documents'][0]} to {row['documents'][1]}: documents would repeat; keep --split"
+                )
+            self._positions[i] = row["epoch"] * source.tokens_per_epoch + row["token_offset"]
+            self._sequences[i] = row["sequences"]
+        self._past_sources = [{**row, "weight": 0, "sequences_at_weights": 0} for row in saved.values()]
+        before = {row["fingerprint"]: row for row in state["sources"] if row["weight"]}
+        now = {s.dataset.fingerprint: w for s, w in zip(self.sources, self.weights) if w}
+        if {name: row["weight"] for name, row in before.items()} == now:
+            self._sequences_at_weights = [
+                before[s.dataset.fingerprint]["sequences_at_weights"] if w else 0 for s, w in zip(self.sources, self.weights)
+            ]
+
+
+def build_train_and_valid_streams(config: RunConfig) -> tuple[TrainingStream, TrainingStream | None]:
+    """The streams that `config` asks for: --data-path cut by --split, or --train-data-path and --valid-data-path.
+
+    No validation stream where --eval-iters is 0, where the split's second share is, or where only --train-data-path is given.
+    Raises UserError for whatever is wrong with the flags or the datasets.
+    """
+    data = config.data
+    if bool(data.data_path) == bool(data.train_data_path):
+        given = "both of them" if data.data_path else "neither of them"
+        raise UserError(f"give the data by --data-path or by --train-data-path; {given} was given")
+    if data.valid_data_path and data.data_path:
+        raise UserError("--valid-data-path goes with --train-data-path; --data-path takes its validation documents by --split")
+
+    def build(entries: list[str], flag: str, split: str | None, part: int) -> TrainingStream:
+        prefixes, weights = parse_data_path(entries, flag)
+        sources, integers = open_sources(prefixes, weights, config.training.seed, data.data_cache_path, split, part)
+        vocab_size, seed = config.model.vocab_size, config.training.seed
+        return TrainingStream(sources, integers, vocab_size, seed, data.reset_position_ids, data.loss_across_documents)
+
+    if data.train_data_path:
+        train = build(data.train_data_path, "--train-data-path", None, 0)
+        wanted = data.valid_data_path and config.training.eval_iters
+        return train, build(data.valid_data_path, "--valid-data-path", None, 1) if wanted else None
+    train = build(data.data_path, "--data-path", data.split, 0)
+    wanted = config.training.eval_iters and split_shares(data.split)[1]
+    return train, build(data.data_path, "--data-path", data.split, 1) if wanted else None
+
+
+def whole_batch(batches: Sequence[Batch]) -> Batch:
+    """The global batch from the batches of all data-parallel ranks in their order: what one rank alone would get.
+
+    Returns arrays [num_micro_batches * dp_size, micro_batch_size, seq_length].
+    """
+    return Batch(*(np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:]) for arrays in zip(*batches)))
+
+
+def batch_hash(batch: Batch) -> str:
+    """Names a batch's content and order, and not how it is cut into micro-batches: equal under every layout."""
+    digest = hashlib.sha256()
+    for array in batch:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
