@@ -38,9 +38,12 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a model is built, beside what it is."""
+    """How a model is built, beside what it is; the recompute fields are Megatron-LM's flags."""
 
     dtype: torch.dtype = torch.float32
+    """of the weights as built"""
+    compute_dtype: torch.dtype = torch.float32
+    """of weights and activations in forward: an engine may cast"""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 1234
     attention_kernel: str = "auto"
@@ -118,7 +121,7 @@ class Llama(nn.Module):
         options = options or BuildOptions()
         self.config, self.tp, self.options = config, tp, options
         self.specs = weight_table(config)
-        kernel = choose_kernel(options.attention_kernel, options.device, options.dtype)
+        kernel = choose_kernel(options.attention_kernel, options.device, options.compute_dtype)
         self.layers = nn.ModuleDict()
         for number in range(config.num_layers) if layers is None else layers:
             self.layers[str(number)] = Block(
@@ -131,7 +134,7 @@ class Llama(nn.Module):
         if has_output:
             self.norm = RMSNorm(weight("norm.weight"), config.norm_epsilon)
             self.output = self._output_layer(weight)
-        frequencies = rotary_frequencies(config, torch.promote_types(options.dtype, torch.float32))
+        frequencies = rotary_frequencies(config, torch.promote_types(options.compute_dtype, torch.float32))
         self.register_buffer("frequencies", frequencies.to(options.device), persistent=False)
 
     def forward(self, x: Tensor | None, inputs: ModelInputs, caches: dict[int, object] | None = None) -> Tensor:
@@ -146,10 +149,6 @@ class Llama(nn.Module):
             else:
                 x = self._run(group, x, rotary, inputs.mask, caches)
         return x if self.output is None else self._head(x, inputs.targets)
-
-    def local_weights(self) -> dict[str, nn.Parameter]:
-        """Global name -> this rank's part. A tied output layer is the embedding and has its name."""
-        return dict(self.named_parameters())
 
     def _run(self, group: list[str], x: Tensor, rotary, mask: AttentionMask, caches=None) -> Tensor:
         for number in group:

@@ -15,16 +15,16 @@ def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, first_row: 
     hidden [s, b, h] (this rank's part of s under sequence parallelism), weight [V/t, h] with rows `first_row` onward, targets int64
     [s, b] of the whole gathered s -> [s, b].
     """
-    hidden = tp.gather_input(hidden)
-    flat = _ChunkedLogProbs.apply(hidden.flatten(0, 1), local(weight), targets.flatten(), first_row, tp.group, chunk_size)
-    return flat.view(targets.shape)
+    return _ChunkedLogProbs.apply(tp.gather_input(hidden), local(weight), targets, first_row, tp.group, chunk_size)
 
 
 class _ChunkedLogProbs(Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, first_row, group, chunk_size):
+    def forward(ctx, hidden, weight, all_targets, first_row, group, chunk_size):
+        x, targets = hidden.flatten(0, 1), all_targets.flatten()
         dtype = torch.promote_types(x.dtype, torch.float32)
-        log_probs, log_sums = (x.new_empty(len(x), dtype=dtype) for _ in range(2))
+        result = x.new_empty(all_targets.shape, dtype=dtype)
+        log_probs, log_sums = result.view(-1), x.new_empty(len(x), dtype=dtype)
         for rows in _chunks(len(x), chunk_size):
             logits = (x[rows] @ weight.T).to(dtype)
             peak = logits.amax(-1)
@@ -38,12 +38,13 @@ class _ChunkedLogProbs(Function):
             log_sums[rows] = sums[0].log() + peak
             log_probs[rows] = sums[1] - sums[0].log()
         ctx.save_for_backward(x, weight, targets, log_sums)
-        ctx.first_row, ctx.chunk_size = first_row, chunk_size
-        return log_probs
+        ctx.first_row, ctx.chunk_size, ctx.hidden_shape = first_row, chunk_size, hidden.shape
+        return result
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, targets, log_sums = ctx.saved_tensors
+        grad = grad.flatten()
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=log_sums.dtype) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(x), ctx.chunk_size):
@@ -56,6 +57,7 @@ class _ChunkedLogProbs(Function):
                 torch.mm(logits_grad, weight, out=x_grad[rows])
             if weight_grad is not None:
                 weight_grad += logits_grad.T @ x[rows]
+        x_grad = None if x_grad is None else x_grad.view(ctx.hidden_shape)
         return x_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None, None, None
 
 

@@ -13,18 +13,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+# torch 2.13 renamed these two; 2.11 has the old names only.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def all_gather_first_dim(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[s, ...] on each rank -> [s * group size, ...] in rank order. No gradient."""
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    _all_gather(out, x.contiguous(), group=group)
     return out
 
 
 def reduce_scatter_first_dim(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[s * group size, ...] on each rank -> this rank's [s, ...] of the sum. No gradient."""
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    _reduce_scatter(out, x.contiguous(), group=group)
     return out
 
 

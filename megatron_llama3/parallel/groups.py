@@ -1,6 +1,7 @@
 """megatron-core's process groups over NCCL, gloo or torch's fake backend, held in one object that is passed to whoever communicates."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -65,10 +66,16 @@ def initialize_groups(config: ParallelConfig, timeout_minutes: float = 10.0) -> 
 
 
 def destroy_groups() -> None:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    megatron_parallel_state().destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def megatron_parallel_state():
+    """megatron-core's module of groups, imported without its warnings about absent GPU libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
+    return parallel_state
 
 
 def _this_device() -> torch.device:
@@ -80,8 +87,7 @@ def _this_device() -> torch.device:
 
 
 def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: float) -> ParallelGroups:
-    from megatron.core import parallel_state
-
+    parallel_state = megatron_parallel_state()
     tp, cp, pp = config.tensor_model_parallel_size, config.context_parallel_size, config.pipeline_model_parallel_size
     topology = Topology(tp=tp, cp=cp, pp=pp, dp=dist.get_world_size() // (tp * cp * pp))
     parallel_state.initialize_model_parallel(

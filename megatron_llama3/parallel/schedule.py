@@ -32,7 +32,9 @@ class Timed(NamedTuple):
 COSTS = {"F": 1, "I": 1, "W": 1, "B": 2}
 
 
-def make_timeline(pp: int, chunks_per_rank: int, microbatches: int, group_size: int | None, zero_bubble: bool = False) -> list[list[Timed]]:
+def make_timeline(
+    pp: int, chunks_per_rank: int, microbatches: int, group_size: int | None, zero_bubble: bool = False, forward_only: bool = False
+) -> list[list[Timed]]:
     """What each rank computes and when, on a clock where F, I and W take 1 and B takes 2.
 
     A rank runs its next forward as long as its share of activations in flight lasts, else its next backward, else a waiting weight
@@ -40,6 +42,8 @@ def make_timeline(pp: int, chunks_per_rank: int, microbatches: int, group_size: 
     """
     group_size = min(group_size or pp, microbatches)
     ranks = [_Rank(r, pp, chunks_per_rank, microbatches, group_size, zero_bubble) for r in range(pp)]
+    for rank in ranks if forward_only else ():
+        rank.backwards, rank.share = [], len(rank.forwards)
     ends: dict[tuple[str, int, int], int] = {}
     last_chunk = pp * chunks_per_rank - 1
     now = 0
@@ -67,7 +71,7 @@ class _Rank:
 
     @property
     def has_work(self) -> bool:
-        return self.backwarded < len(self.backwards) or self.weighted < len(self.weights)
+        return self.forwarded < len(self.forwards) or self.backwarded < len(self.backwards) or self.weighted < len(self.weights)
 
     def choose(self, now: int, ends: dict, last_chunk: int) -> Action | None:
         if self.forwarded < len(self.forwards) and self.in_flight < self.share:

@@ -1,0 +1,158 @@
+"""Runs a rank's list of pipeline actions: forwards, backwards or their halves, and the messages between stages.
+
+The executor knows no model: a chunk is called as `chunk(x, microbatch)`, and `on_loss` turns the last chunk's output into a scalar.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import get_gradient_edge
+
+from megatron_llama3.parallel.schedule import Action
+
+
+class DeferredWeightGradients:
+    """A `linear` whose backward computes the input's gradient only and notes down the weight's product for later (zero bubble)."""
+
+    def __init__(self):
+        self._noted: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return F.linear(x, weight)
+        return _InputGradientOnly.apply(x, weight, self._noted)
+
+    def take(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What the backward pass since the last call noted down."""
+        noted = self._noted[:]
+        self._noted.clear()
+        return noted
+
+    @staticmethod
+    def run(noted: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """The weight half: each product, passed on to the parameter through the autograd graph that made the local weight of it."""
+        while noted:
+            weight, x, grad = noted.pop()
+            torch.autograd.backward(weight, grad.flatten(0, -2).T @ x.flatten(0, -2))
+
+
+class _InputGradientOnly(Function):
+    @staticmethod
+    def forward(ctx, x, weight, noted):
+        ctx.weight, ctx.noted = weight, noted
+        ctx.save_for_backward(x)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        ctx.noted.append((ctx.weight, x, grad))
+        return (grad @ ctx.weight if ctx.needs_input_grad[0] else None), None, None
+
+
+class GradientHooks(Protocol):
+    """What a data-parallel engine does around the backward passes of a chunk. `is_last`: the chunk's last one of this step."""
+
+    def before_backward(self, chunk: int, is_last: bool) -> None: ...
+
+    def after_weight_half(self, chunk: int, is_last: bool) -> None: ...
+
+
+class PipelineExecutor:
+    """One step of one rank.
+
+    chunks: global chunk number -> module. boundary_shape, dtype: of the activation between stages, static in a step.
+    """
+
+    def __init__(
+        self,
+        actions: list[Action],
+        chunks: dict[int, Callable],
+        last_chunk: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        hooks: GradientHooks,
+        deferred: DeferredWeightGradients | None = None,
+    ):
+        self.actions, self.chunks, self.last_chunk = actions, chunks, last_chunk
+        self.group, self.device, self.hooks, self.deferred = group, device, hooks, deferred
+        self._last_of_chunk = {(a.kind, a.chunk): a for a in actions}
+
+    def run(self, microbatches: list, on_loss: Callable[[Tensor, int], Tensor], boundary_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Plays the list. `on_loss(output, microbatch number)` is called on the last stage only."""
+        self.microbatches, self.on_loss = microbatches, on_loss
+        self.boundary = {"size": boundary_shape, "dtype": dtype, "device": self.device}
+        self._one = torch.ones((), device=self.device, dtype=torch.promote_types(dtype, torch.float32))
+        self.inputs: dict[tuple[int, int], Tensor] = {}
+        self.outputs: dict[tuple[int, int], Tensor] = {}
+        self.edges: dict = {}
+        self.grads: dict[tuple[int, int], Tensor] = {}
+        self.arriving: dict = {}
+        self.weight_halves: dict = defaultdict(list)
+        sends = []
+        for action in self.actions:
+            if action.kind.startswith("SEND"):
+                sends.append(self._send(action))
+            else:
+                self._COMMANDS[action.kind](self, action)
+        for work, _tensor in sends:
+            work.wait()
+
+    def _receive(self, action: Action) -> None:
+        tensor = torch.empty(**self.boundary)
+        self.arriving[action.kind, action.chunk, action.microbatch] = tensor, dist.irecv(tensor, group=self.group, group_src=action.peer)
+
+    def _send(self, action: Action):
+        store = self.outputs if action.kind == "SEND_F" else self.grads
+        tensor = store.pop((action.chunk, action.microbatch))
+        return dist.isend(tensor, group=self.group, group_dst=action.peer), tensor
+
+    def _arrived(self, kind: str, action: Action, store: dict, neighbour: int) -> Tensor:
+        """The message for this action: received, or handed over by the neighbouring chunk on this rank."""
+        key = (kind, action.chunk, action.microbatch)
+        if key not in self.arriving:
+            return store.pop((neighbour, action.microbatch))
+        tensor, work = self.arriving.pop(key)
+        work.wait()
+        return tensor
+
+    def _forward(self, action: Action) -> None:
+        key, x = (action.chunk, action.microbatch), None
+        if action.chunk > 0:
+            x = self._arrived("RECV_F", action, self.outputs, action.chunk - 1).requires_grad_()
+            self.inputs[key] = x
+        y = self.chunks[action.chunk](x, self.microbatches[action.microbatch])
+        if action.chunk == self.last_chunk:
+            y = self.on_loss(y, action.microbatch)
+        else:
+            self.outputs[key] = y.detach()
+        # The graph is kept by its edge, so that the output itself is freed once it is sent.
+        self.edges[key] = get_gradient_edge(y) if y.requires_grad else None
+
+    def _backward(self, action: Action) -> None:
+        key = (action.chunk, action.microbatch)
+        is_last = self._last_of_chunk[action.kind, action.chunk] is action
+        self.hooks.before_backward(action.chunk, is_last and action.kind == "B")
+        grad = None
+        if action.chunk != self.last_chunk:
+            grad = self._arrived("RECV_B", action, self.grads, action.chunk + 1)
+        edge = self.edges.pop(key)
+        if edge is not None:
+            torch.autograd.backward([edge], [grad if grad is not None else self._one])
+        if action.chunk > 0:
+            x = self.inputs.pop(key)
+            self.grads[key] = torch.zeros(**self.boundary) if x.grad is None else x.grad
+        if action.kind == "I":
+            self.weight_halves[key] = self.deferred.take()
+
+    def _weight_half(self, action: Action) -> None:
+        self.deferred.run(self.weight_halves.pop((action.chunk, action.microbatch)))
+        self.hooks.after_weight_half(action.chunk, self._last_of_chunk["W", action.chunk] is action)
+
+    _COMMANDS = {"F": _forward, "B": _backward, "I": _backward, "W": _weight_half, "RECV_F": _receive, "RECV_B": _receive}

@@ -1,0 +1,182 @@
+"""The verbs of a data-parallel engine, and what all engines share: this rank's chunks of the model and the pipeline around them.
+
+`training/step.py` knows an engine only by `forward_backward`, `clip_gradients` and `optimizer_step`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_llama3.config.parallel import layers_of_chunks
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.data.loader import Batch
+from megatron_llama3.model.llama import BuildOptions, Llama
+from megatron_llama3.model.sharding import WeightSpec, weight_table
+from megatron_llama3.parallel.groups import ParallelGroups
+from megatron_llama3.parallel.pipeline_parallel import DeferredWeightGradients, PipelineExecutor
+from megatron_llama3.parallel.schedule import Action, make_timeline, with_communication
+from megatron_llama3.parallel.tensor_parallel import TensorParallel
+from megatron_llama3.training.microbatch import Microbatch, make_microbatches
+
+Trainable = Callable[[str], bool]
+
+
+class Engine(ABC):
+    """One rank of a run. Weights for which `trainable(name)` is False are frozen."""
+
+    def __init__(self, config: RunConfig, groups: ParallelGroups, trainable: Trainable = lambda name: True):
+        self.config, self.groups = config, groups
+        self.specs = weight_table(config.model)
+        self.compute_dtype = getattr(torch, config.optimizer.compute_dtype)
+        self.main_dtype = getattr(torch, config.optimizer.main_dtype)
+        zero_bubble = config.parallel.pipeline_schedule == "zero-bubble"
+        self.deferred = DeferredWeightGradients() if zero_bubble else None
+        linear = {"linear": self.deferred.linear} if zero_bubble else {}
+        self.tp = TensorParallel(groups.tp, config.parallel.sequence_parallel, **linear)
+        self.last_chunk = groups.topology.pp * config.parallel.chunks_per_rank - 1
+        self.chunks = self._build_chunks(trainable)
+        self._schedules: dict[tuple[int, bool], list[Action]] = {}
+
+    # --- the verbs ---
+
+    def forward_backward(self, batch: Batch) -> float:
+        """Runs every micro-batch forward and backward. Gradients are left where `clip_gradients` finds them: those of the mean loss over
+        the real tokens of the whole global batch. Returns that loss, the same on every rank."""
+        count = self._global_token_count(batch)
+        microbatches = make_microbatches(batch, self.groups, self.config.data.document_mask)
+        total = torch.zeros((), dtype=torch.promote_types(self.main_dtype, torch.float32), device=self.groups.device)
+
+        def on_loss(log_probs: Tensor, m: int) -> Tensor:
+            loss = -(log_probs * microbatches[m].loss_mask).sum() / count
+            total.add_(loss.detach())
+            return loss
+
+        self._run_pipeline(microbatches, on_loss)
+        self.finish_gradients()
+        return self._sum_over_last_stage(total).item()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        """(summed negative log-likelihood, number of tokens) of a global batch, the same on every rank."""
+        microbatches = make_microbatches(batch, self.groups, self.config.data.document_mask)
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+
+        def on_loss(log_probs: Tensor, m: int) -> Tensor:
+            total.sub_((log_probs * microbatches[m].loss_mask).sum())
+            return total
+
+        self._run_pipeline(microbatches, on_loss, forward_only=True)
+        self.release_gathered_weights()
+        return self._sum_over_last_stage(total).item(), self._global_token_count(batch)
+
+    @abstractmethod
+    def clip_gradients(self, max_norm: float) -> float:
+        """Scales gradients so that their global norm is at most `max_norm` (0: leaves them). Returns the norm before."""
+
+    @abstractmethod
+    def optimizer_step(self, lr: float) -> None:
+        """Updates the weights and drops the gradients."""
+
+    @abstractmethod
+    def state_tensors(self, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """"model.<name>", "optimizer.exp_avg.<name>", "optimizer.exp_avg_sq.<name>" -> tensors of true global shape (DTensors where sharded),
+        in the main dtype. Writing into them and calling `state_loaded` restores a run."""
+
+    @abstractmethod
+    def state_loaded(self, step: int, with_optimizer: bool = True) -> None:
+        """Takes over what was written into `state_tensors`. `step` is Adam's count."""
+
+    # --- what an engine does around backward passes ---
+
+    @abstractmethod
+    def before_backward(self, chunk: int, is_last: bool) -> None: ...
+
+    @abstractmethod
+    def after_weight_half(self, chunk: int, is_last: bool) -> None: ...
+
+    @abstractmethod
+    def finish_gradients(self) -> None:
+        """After the last backward: reduces what is not reduced yet, and sums what ranks of TP and the embedding group hold parts of."""
+
+    def release_gathered_weights(self) -> None:
+        """After an evaluation: weights that were gathered for it are freed."""
+
+    # --- shared by engines ---
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for chunk in self.chunks.values():
+            yield from chunk.named_parameters()
+
+    def weight(self, name: str) -> WeightSpec:
+        return self.specs[name]
+
+    @property
+    def holds_second_tied_copy(self) -> bool:
+        """Whether this rank's embedding weight is the last stage's copy of the first stage's."""
+        tied = not self.config.model.untie_embeddings_and_output_weights
+        return tied and self.groups.topology.pp > 1 and self.groups.is_last_stage
+
+    def counts_in_norm(self, name: str) -> bool:
+        """Whether this rank adds this weight's gradient to the global norm: replicas count once."""
+        if self.holds_second_tied_copy and name == "tok_embeddings.weight":
+            return False
+        return self.weight(name).split_dim_at(self.tp.size) is not None or self.tp.rank == 0
+
+    def _build_chunks(self, trainable: Trainable) -> dict[int, Llama]:
+        c, p = self.config, self.config.parallel
+        options = BuildOptions(
+            dtype=self.main_dtype,
+            compute_dtype=self.compute_dtype,
+            device=self.groups.device,
+            seed=c.training.seed,
+            attention_kernel=c.training.attention_kernel,
+            loss_chunk_size=c.training.loss_chunk_size,
+            recompute_granularity=p.recompute_granularity,
+            recompute_method=p.recompute_method,
+            recompute_num_layers=p.recompute_num_layers,
+        )
+        chunks = {}
+        for number, content in enumerate(layers_of_chunks(c.model, p)):
+            if number % self.groups.topology.pp != self.groups.at.pp:
+                continue
+            chunk = Llama(c.model, self.tp, self.groups.cp, content.layers, content.has_embedding, content.has_output, options)
+            for name, parameter in chunk.named_parameters():
+                parameter.requires_grad_(trainable(name))
+            if p.compile_blocks:
+                for block in chunk.layers.values():
+                    block.compile()
+            chunks[number] = chunk
+        return chunks
+
+    def _run_pipeline(self, microbatches: list[Microbatch], on_loss: Callable[[Tensor, int], Tensor], forward_only: bool = False) -> None:
+        inputs = [m.inputs for m in microbatches]
+        s, b = inputs[0].tokens.shape
+        shape = (s // self.tp.size if self.tp.sequence_parallel else s, b, self.config.model.hidden_size)
+        actions = self._schedule(len(inputs), forward_only)
+        executor = PipelineExecutor(actions, self.chunks, self.last_chunk, self.groups.pp, self.groups.device, self, self.deferred)
+        executor.run(inputs, on_loss, shape, self.compute_dtype)
+
+    def _schedule(self, microbatches: int, forward_only: bool) -> list[Action]:
+        if (microbatches, forward_only) not in self._schedules:
+            p, pp = self.config.parallel, self.groups.topology.pp
+            zero_bubble = p.pipeline_schedule == "zero-bubble"
+            group_size = p.microbatch_group_size_per_vp_stage
+            timeline = make_timeline(pp, p.chunks_per_rank, microbatches, group_size, zero_bubble, forward_only)
+            actions = with_communication(timeline, self.last_chunk + 1)[self.groups.at.pp]
+            self._schedules[microbatches, forward_only] = actions
+        return self._schedules[microbatches, forward_only]
+
+    def _global_token_count(self, batch: Batch) -> int:
+        count = torch.tensor(int(batch.loss_mask.sum()), device=self.groups.device)
+        dist.all_reduce(count, group=self.groups.dp)
+        return max(1, int(count))
+
+    def _sum_over_last_stage(self, total: Tensor) -> Tensor:
+        """The sum over data and context ranks of what the last stage holds (once per TP group), on every rank."""
+        if self.tp.rank != 0 or not self.groups.is_last_stage:
+            total = torch.zeros_like(total)
+        dist.all_reduce(total)
+        return total

@@ -1,0 +1,179 @@
+"""The default engine: FSDP2 over the DP x CP group. Weights stay gathered from the first forward to the last backward of a step, as in
+the paper (section 3.3.2); weights are gathered in the compute dtype, gradients accumulate and reduce in the main dtype, master weights
+and Adam's moments are sharded.
+
+A group of one whose compute and main dtype agree needs none of it and runs on plain tensors.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.model.llama import Llama
+from megatron_llama3.parallel.groups import ParallelGroups
+from megatron_llama3.parallel.tensor_parallel import local
+from megatron_llama3.training.engine import Engine, Trainable
+
+
+class Fsdp2Engine(Engine):
+    def __init__(self, config: RunConfig, groups: ParallelGroups, trainable: Trainable = lambda name: True):
+        super().__init__(config, groups, trainable)
+        self.mesh = groups.mesh()
+        self.is_sharded = groups.dp_cp.size() > 1 or self.compute_dtype != self.main_dtype
+        for chunk in self.chunks.values():
+            self._distribute(chunk)
+            if self.is_sharded:
+                self._shard(chunk)
+        self.parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self.locals = {name: local(p.detach()) for name, p in self.parameters.items()}
+        self.optimizer = self._make_optimizer()
+
+    # --- around backward passes ---
+
+    def before_backward(self, chunk: int, is_last: bool) -> None:
+        """Gradients stay on this rank, and weights gathered, until the chunk's last backward."""
+        module = self.chunks[chunk]
+        if isinstance(module, FSDPModule):
+            module.set_is_last_backward(is_last)
+            module.set_requires_gradient_sync(is_last)
+            module.set_reshard_after_backward(is_last)
+
+    def after_weight_half(self, chunk: int, is_last: bool) -> None:
+        """FSDP's own hooks have run with the input half, before these gradients existed: accumulate them in the main dtype, and reduce
+        after the last."""
+        module = self.chunks[chunk]
+        if isinstance(module, FSDPModule):
+            self.before_backward(chunk, is_last)
+            fully_shard.state(module)._root_post_backward_final_callback()
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        partial = [
+            name for name in self.parameters if self.weight(name).gradient_is_partial(self.tp.size, self.tp.sequence_parallel)
+        ]
+        self._all_reduce_gradients(partial, self.tp.group)
+        tied = not self.config.model.untie_embeddings_and_output_weights
+        if tied and self.groups.embedding is not None and self.groups.topology.pp > 1:
+            self._all_reduce_gradients([n for n in self.parameters if n == "tok_embeddings.weight"], self.groups.embedding)
+
+    def release_gathered_weights(self) -> None:
+        for chunk in self.chunks.values():
+            for module in chunk.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    # --- the verbs after it ---
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float) -> float:
+        gradients = self._gradients()
+        square = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        counted = [g for name, g in gradients.items() if g.numel() and self.counts_in_norm(name)]
+        if counted:
+            square += torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        dist.all_reduce(square)
+        norm = square.sqrt().item()
+        if 0 < max_norm < norm:
+            torch._foreach_mul_(list(gradients.values()), max_norm / norm)
+        return norm
+
+    @torch.no_grad()
+    def optimizer_step(self, lr: float) -> None:
+        for name, gradient in self._gradients().items():
+            self.locals[name].grad = gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.locals[name].grad = None
+
+    # --- checkpoint ---
+
+    def state_tensors(self, with_optimizer: bool = True) -> dict[str, Tensor]:
+        state = {}
+        for name, parameter in self.named_parameters():
+            state[f"model.{name}"] = parameter.detach()
+            if with_optimizer and name in self.parameters:
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[f"optimizer.{moment}.{name}"] = _like(parameter, self.optimizer.state[self.locals[name]][moment])
+        return state
+
+    def state_loaded(self, step: int, with_optimizer: bool = True) -> None:
+        if with_optimizer:
+            for state in self.optimizer.state.values():
+                state["step"].fill_(step)
+
+    # --- construction ---
+
+    def _distribute(self, chunk: Llama) -> None:
+        """Turns each weight into a DTensor on the TP mesh that says which part of the whole it is."""
+        if self.tp.size == 1:
+            return
+        replaced = {}
+        for module in chunk.modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if parameter not in replaced:
+                    name = next(n for n, p in chunk.named_parameters() if p is parameter)
+                    replaced[parameter] = self._as_dtensor(name, parameter)
+                setattr(module, key, replaced[parameter])
+
+    def _as_dtensor(self, name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        spec = self.weight(name)
+        dim = spec.split_dim_at(self.tp.size)
+        stride = torch.empty(spec.shape, device="meta").stride()
+        placement = [Replicate() if dim is None else Shard(dim)]
+        tensor = DTensor.from_local(parameter.data, self.mesh["tp"], placement, run_check=False, shape=torch.Size(spec.shape), stride=stride)
+        return torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+
+    def _shard(self, chunk: Llama) -> None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.compute_dtype,
+            reduce_dtype=self.main_dtype,
+            cast_forward_inputs=False,  # the rotary tables stay in float32
+        )
+        for module in [*chunk.layers.values(), chunk]:
+            fully_shard(module, mesh=self.mesh["dp_cp"], reshard_after_forward=False, mp_policy=policy)
+            module.set_gradient_divide_factor(1.0)  # gradients are summed: the loss is divided by the global token count already
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        o = self.config.optimizer
+        decayed = [t for name, t in self.locals.items() if not self.weight(name).is_norm]
+        others = [t for name, t in self.locals.items() if self.weight(name).is_norm]
+        groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True
+        )
+        for tensor in self.locals.values():
+            optimizer.state[tensor] = {
+                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+        return optimizer
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+
+    def _all_reduce_gradients(self, names: list[str], group: dist.ProcessGroup) -> None:
+        gradients = [local(self.parameters[n].grad) for n in names if self.parameters[n].grad is not None]
+        gradients = [g for g in gradients if g.numel()]
+        if group.size() == 1 or not gradients:
+            return
+        flat = _flatten_dense_tensors(gradients)
+        dist.all_reduce(flat, group=group)
+        for gradient, summed in zip(gradients, _unflatten_dense_tensors(flat, gradients)):
+            gradient.copy_(summed)
+
+
+def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` as the same part of a whole as `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
