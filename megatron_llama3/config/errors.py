@@ -9,9 +9,10 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Runs a tool's `main`; a UserError becomes `error: ...` on stderr and exit status 2, without a traceback."""
+    """Runs a tool's `main`; a UserError becomes `error: ...` on stderr (a line each, if it names several) and exit status 2."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None

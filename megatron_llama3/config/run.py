@@ -2,39 +2,42 @@
 
 from dataclasses import dataclass, field
 
+from megatron_llama3.config.fields import list_option, option
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.config.parallel import ParallelConfig
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    data_path: list[str] = field(default_factory=list)  # Megatron's form: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...
-    train_data_path: list[str] = field(default_factory=list)
-    valid_data_path: list[str] = field(default_factory=list)
-    split: str = "969,30,1"
-    seq_length: int = 1024
-    seq_length_schedule: str | None = None  # "0:4096 252M:8192", thresholds in tokens
-    reset_position_ids: bool = False
-    document_mask: bool = True
-    loss_across_documents: bool = False
-    tokenizer_model: str | None = None
-    data_cache_path: str | None = None
+    data_path: list[str] = field(
+        **list_option("Indexed datasets, without .bin/.idx: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...; cut by --split.")
+    )
+    train_data_path: list[str] = field(**list_option("The same for training only; use with --valid-data-path instead of --data-path."))
+    valid_data_path: list[str] = field(**list_option("The same for validation only."))
+    split: str = option("969,30,1", "Shares of --data-path for training, validation and test.")
+    seq_length: int = option(1024, "Tokens a sequence; with a schedule, its largest.")
+    seq_length_schedule: str | None = option(None, "Sequence length by tokens seen: '0:4096 252M:8192' (K, M, B, T: powers of 1000).")
+    reset_position_ids: bool = option(False, "Start positions at 0 in every document of a packed sequence.")
+    document_mask: bool = option(True, "Keep attention within documents (paper, section 3.2).")
+    loss_across_documents: bool = option(False, "Count the target that leads from a document's end to the next one's first token.")
+    tokenizer_model: str | None = option(None, "Tokenizer file: tiktoken ranks or tokenizer.json.")
+    data_cache_path: str | None = option(None, "Folder for shuffling indices; default beside the data.")
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    lr: float = 3e-4
-    min_lr: float = 0.0
-    lr_decay_style: str = "cosine"  # "cosine", "linear", "constant"
-    lr_decay_iters: int | None = None
-    lr_warmup_iters: int = 0
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    bf16: bool = False
-    fp64: bool = False
+    lr: float = option(3e-4, "Peak learning rate.")
+    min_lr: float = option(0.0, "Floor of the learning rate.", zero_ok=True)
+    lr_decay_style: str = option("cosine", "Shape of the decay after warm-up.", choices=("cosine", "linear", "constant"))
+    lr_decay_iters: int | None = option(None, "Optimizer steps at which the floor is reached; default --train-iters.")
+    lr_warmup_iters: int = option(0, "Optimizer steps of linear warm-up.", zero_ok=True)
+    weight_decay: float = option(0.1, "AdamW's decoupled weight decay, on matrices only.", zero_ok=True)
+    adam_beta1: float = option(0.9, "AdamW beta 1.", zero_ok=True)
+    adam_beta2: float = option(0.95, "AdamW beta 2.", zero_ok=True)
+    adam_eps: float = option(1e-8, "AdamW epsilon.")
+    clip_grad: float = option(1.0, "Largest global gradient norm; 0 switches clipping off.", zero_ok=True)
+    bf16: bool = option(False, "Compute in bfloat16, with fp32 master weights and gradient accumulation; default all fp32.")
+    fp64: bool = option(False, "Everything in double precision, for comparing layouts.")
 
     @property
     def compute_dtype(self) -> str:
@@ -49,41 +52,47 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    micro_batch_size: int = 1
-    global_batch_size: int | None = None
-    step_batch_size_schedule: str | None = None  # Megatron's form: "0:1024 252M:1024 2.87T:2048", sequences by token threshold
-    train_iters: int = 0
-    eval_interval: int = 1000
-    eval_iters: int = 100
-    seed: int = 1234
-    attention_kernel: str = "auto"  # "auto", "sdpa", "flex", "varlen", "reference"
-    loss_chunk_size: int = 1024  # tokens whose logits are held at a time
-    exit_interval: int | None = None
-    exit_duration_in_mins: float | None = None
-    exit_signal_handler: bool = False
-    distributed_timeout_minutes: float = 10.0
+    micro_batch_size: int = option(1, "Sequences in one forward pass of one data-parallel rank.")
+    global_batch_size: int | None = option(None, "Sequences a step over all ranks; default micro-batch x DP; with a schedule, its largest.")
+    step_batch_size_schedule: str | None = option(
+        None, "Global batch size by tokens seen, such as '0:1024 2.87T:2048' (K, M, B, T are powers of 1000)."
+    )
+    train_iters: int = option(0, "Optimizer steps of the whole run.", zero_ok=True)
+    eval_interval: int = option(1000, "Steps between evaluations on the validation split.")
+    eval_iters: int = option(100, "Global batches an evaluation; 0 switches it off.", zero_ok=True)
+    seed: int = option(1234, "Seed of initial weights and data order.", zero_ok=True)
+    attention_kernel: str = option("auto", "Attention backend.", choices=("auto", "sdpa", "flex", "varlen", "reference"))
+    loss_chunk_size: int = option(1024, "Tokens whose logits are held at a time.")
+    exit_interval: int | None = option(None, "Save and exit when the step is divisible by this.")
+    exit_duration_in_mins: int | None = option(None, "Save and exit after this many minutes.")
+    exit_signal_handler: bool = option(False, "Save and exit on SIGTERM.")
+    distributed_timeout_minutes: int = option(10, "How long a collective may hang before the run stops.")
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    save: str | None = None
-    load: str | None = None
-    save_interval: int | None = None
-    finetune: bool = False
-    no_load_optim: bool = False
-    no_load_rng: bool = False
-    override_opt_param_scheduler: bool = False
-    no_async_save: bool = False
+    save: str | None = option(None, "Folder to write checkpoints to.")
+    load: str | None = option(None, "Folder to resume from; equal to an empty --save, the run starts fresh.")
+    save_interval: int | None = option(None, "Steps between checkpoints; one is always written at the end.")
+    finetune: bool = option(False, "Load weights only, and start at step 0.")
+    no_load_optim: bool = option(False, "Do not load optimizer state.")
+    no_load_rng: bool = option(False, "Do not load random number state.")
+    override_opt_param_scheduler: bool = option(
+        False,
+        "Take the learning-rate schedule from the flags where it differs from the checkpoint's.",
+        aliases=("--override-opt_param-scheduler",),
+    )
+    no_async_save: bool = option(False, "Wait for each checkpoint to be on disk before going on.")
 
 
 @dataclass(kw_only=True)
 class LoggingConfig:
-    log_interval: int = 1
-    log_dir: str | None = None  # JSONL and plot data; default: the save folder
-    wandb_project: str | None = None
-    wandb_exp_name: str | None = None
-    wandb_save_dir: str | None = None
-    wandb_mode: str = "offline"
+    log_interval: int = option(1, "Steps between log lines.")
+    log_dir: str | None = option(None, "Folder of the JSONL log; default the save folder.")
+    wandb_project: str | None = option(None, "Weights & Biases project; unset, W&B is not used.")
+    wandb_exp_name: str | None = option(None, "Weights & Biases run name.")
+    wandb_save_dir: str | None = option(None, "Folder of W&B's local files.")
+    wandb_mode: str = option("offline", "Whether W&B talks to its server.", choices=("offline", "online"))
 
 
 @dataclass(kw_only=True)
@@ -95,3 +104,10 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    dry_run: bool = False  # check the layout, print what follows from it, and stop; belongs to one command, so no YAML holds it
+
+    def validate(self) -> None:
+        """Raises UserError with one line for each thing that cannot work. Imports no torch."""
+        from megatron_llama3.config.validate import validate
+
+        validate(self)
