@@ -1,0 +1,62 @@
+"""The `.metadata` file of torch.distributed.checkpoint: which tensors there are and in which file and byte range each chunk lies.
+
+It is a pickle. `read_metadata` admits only the types that describe tensors; `SafeFileSystemReader` gives dcp.load the same protection.
+"""
+
+import pathlib
+import pickle
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, filesystem, metadata
+
+from megatron_llama3.checkpoint.torch_archive import unpickle
+from megatron_llama3.config.errors import UserError
+
+METADATA_FILE = ".metadata"
+
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_CLASSES = {
+    metadata: ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
+               "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    filesystem: ("_StorageInfo",),
+}  # fmt: skip
+_ALLOWED = {(module.__name__, name): getattr(module, name) for module, names in _CLASSES.items() for name in names}
+_ALLOWED |= {("torch", name): getattr(torch, name) for name in (*_DTYPES, "Size")}
+_ALLOWED[("torch.serialization", "_get_layout")] = lambda name: {"torch.strided": torch.strided}[name]
+# Where the checkpoint was written; only the text matters, and pathlib moved the classes after Python 3.12.
+_ALLOWED |= {(module, name): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")}
+
+
+def read_metadata(folder: Path) -> metadata.Metadata:
+    """The checkpoint's table of contents. Raises UserError if it is missing, damaged, or asks for any other type."""
+    path = Path(folder) / METADATA_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: the file is missing; {folder} is no complete native checkpoint")
+    content = unpickle(path.read_bytes(), _ALLOWED, path)
+    if not isinstance(content, metadata.Metadata):
+        raise UserError(f"{path}: holds no checkpoint metadata")
+    return content
+
+
+def write_metadata(folder: Path, chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int, int]]) -> None:
+    """Writes `.metadata` for whole tensors: key -> (dtype, shape, file name, offset, length)."""
+    tensors, storage = {}, {}
+    for key, (dtype, shape, file, offset, length) in chunks.items():
+        size, origin = torch.Size(shape), torch.Size([0] * len(shape))
+        properties = metadata.TensorProperties(dtype=dtype)
+        tensors[key] = metadata.TensorStorageMetadata(properties, size, [metadata.ChunkStorageMetadata(origin, size)])
+        storage[metadata.MetadataIndex(key, origin, 0)] = filesystem._StorageInfo(file, offset, length)
+    # `planner_data` maps a flat key to its path in the state dict; ours are flat, so each is its own path.
+    content = metadata.Metadata(tensors, {key: (key,) for key in tensors}, storage, version="1.0.0")
+    (Path(folder) / METADATA_FILE).write_bytes(pickle.dumps(content))
+
+
+class SafeFileSystemReader(FileSystemReader):
+    """torch's reader with `.metadata` read by `read_metadata`: pass it to dcp.load as `storage_reader`."""
+
+    def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
+        content = read_metadata(Path(self.path))
+        content.storage_meta = content.storage_meta or metadata.StorageMeta()
+        content.storage_meta.load_id = self.load_id
+        return content

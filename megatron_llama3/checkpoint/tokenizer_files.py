@@ -1,0 +1,78 @@
+"""The files that travel with the weights: tokenizer, chat template, generation config."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from megatron_llama3.checkpoint.lazy import WeightSource
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.tokenizer.llama3 import Tokenizer, load_tokenizer
+from megatron_llama3.tokenizer.vocabulary_files import write_tiktoken
+
+_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # they travel in generation_config.json
+_HF_FORM, _META_FORM = "tokenizer.json", "tokenizer.model"
+
+
+def tokenizer_assets(path: Path) -> list[Path]:
+    """The tokenizer files in a folder, or the one file given. Raises UserError if it is not there."""
+    if path.is_dir():
+        return [path / name for name in _FILES if (path / name).is_file()]
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer file or folder")
+    if path.name not in _FILES:
+        raise UserError(f"{path}: a tokenizer is a tokenizer.model, a tokenizer.json or a folder with one")
+    return [path]
+
+
+def with_tokenizer(source: WeightSource, path: str | Path | None, chat_template: str | None = None) -> WeightSource:
+    """The same model with the tokenizer at `path` and the token ids that belong to it; None keeps what the source has."""
+    if path is not None:
+        config = Path(path) / "generation_config.json"
+        kept = {key: value for key, value in source.generation.items() if key not in TOKEN_IDS}
+        generation = kept | (json.loads(config.read_bytes()) if config.is_file() else {})
+        source = replace(source, assets=tokenizer_assets(Path(path)), generation=generation)
+    return replace(source, chat_template=chat_template or source.chat_template)
+
+
+def write_tokenizer(source: WeightSource, folder: Path, form: Literal["huggingface", "meta", "any"]) -> dict:
+    """Copies the tokenizer files into `folder` and adds the form asked for where Llama 3's tokenizer is there only in the other.
+
+    Returns the generation config: the source's own, else the token ids of the tokenizer.
+    """
+    files = {path.name: path for path in source.assets}
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)
+    if source.chat_template:
+        (folder / "chat_template.jinja").write_text(source.chat_template)
+    generation = dict(source.generation)
+    tokenizer = _llama3_tokenizer(files, required=form == "huggingface" and _HF_FORM not in files)
+    if tokenizer is None:
+        return generation
+    if tokenizer.vocab_size > source.model.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocabulary {source.model.vocab_size}")
+    if form == "huggingface" and not {_HF_FORM, "tokenizer_config.json"} <= set(files):
+        tokenizer.save_huggingface(folder)
+    if form == "meta" and _META_FORM not in files:
+        write_tiktoken(folder / _META_FORM, tokenizer.ranks)
+    generation.setdefault("bos_token_id", tokenizer.bos_id)
+    generation.setdefault("eos_token_id", list(tokenizer.stop_ids) if source.chat_template else tokenizer.eos_id)
+    return generation
+
+
+def _llama3_tokenizer(files: dict[str, Path], required: bool) -> Tokenizer | None:
+    """The tokenizer among the files, None if there is none or it is of another kind and not `required` in another form."""
+    found = [files[name] for name in (_META_FORM, _HF_FORM) if name in files]
+    if not found:
+        return None
+    try:
+        return load_tokenizer(found[0])
+    except UserError:
+        if required:
+            raise
+        return None

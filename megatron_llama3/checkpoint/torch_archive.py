@@ -1,0 +1,207 @@
+"""torch.save's container read and written tensor by tensor: a zip of stored (uncompressed) members, `data.pkl` beside one member a storage.
+
+Reading runs no code from the file: `data.pkl` goes through an unpickler that admits only the functions that rebuild a tensor.
+"""
+
+import collections
+import io
+import mmap
+import pickle
+import zipfile
+from collections.abc import Mapping
+from math import prod
+from typing import BinaryIO
+
+import torch
+
+from megatron_llama3.checkpoint.lazy import LazyTensor, from_mapping, tensor_bytes
+from megatron_llama3.config.errors import UserError
+
+_ALIGNMENT = 64
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """An unpickler that knows only the globals it is given and names any other in its error."""
+
+    def __init__(self, file: BinaryIO, allowed: Mapping[tuple[str, str], object]):
+        super().__init__(file)
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self._allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a checkpoint has no use for; loading it could run code")
+        return self._allowed[module, name]
+
+
+def unpickle(data: bytes, allowed: Mapping[tuple[str, str], object], where: object, persistent_load=None):
+    """The object in `data`. Raises UserError for any global not in `allowed` and for damaged data."""
+    unpickler = RestrictedUnpickler(io.BytesIO(data), allowed)
+    if persistent_load is not None:
+        unpickler.persistent_load = persistent_load
+    try:
+        return unpickler.load()
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{where}: refused to unpickle: {error or type(error).__name__}") from None
+
+
+def read_archive(mapping: mmap.mmap, where: object, start: int = 0, length: int | None = None) -> object:
+    """What torch.save wrote into bytes [start, start+length) of a mapped file, with a LazyTensor in the place of each tensor.
+
+    Raises UserError for a truncated file, a member that is compressed, and a pickle that asks for anything but tensors.
+    """
+    region = _Region(mapping, start, len(mapping) - start if length is None else length)
+    try:
+        members = {info.filename.split("/", 1)[-1]: info for info in zipfile.ZipFile(region).infolist()}
+        data_pkl = members["data.pkl"]
+    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError):
+        raise UserError(f"{where}: truncated, or not a file that torch.save wrote") from None
+
+    def storage(token: tuple) -> tuple[torch.dtype, int, int]:
+        kind, dtype, key, _, elements = token
+        info = members.get(f"data/{key}")
+        if kind != "storage" or info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size < elements * dtype.itemsize:
+            raise ValueError(f"storage {key} is missing or shorter than the {elements} elements that it should hold")
+        return dtype, start + _data_offset(region, info), elements
+
+    def rebuild(source, offset, shape, stride, *_):
+        dtype, position, elements = source
+        if (prod(shape) and tuple(stride) != _contiguous(shape)) or offset + prod(shape) > elements:
+            raise ValueError(f"a tensor of shape {tuple(shape)}, stride {tuple(stride)} is not contiguous or leaves its storage")
+        return from_mapping(mapping, position + offset * dtype.itemsize, tuple(shape), dtype)
+
+    allowed = {("torch", name): dtype for name, dtype in _STORAGES.items()}
+    allowed[("torch._utils", "_rebuild_tensor_v2")] = rebuild
+    allowed[("torch._utils", "_rebuild_parameter")] = lambda tensor, *_: tensor
+    allowed[("collections", "OrderedDict")] = collections.OrderedDict
+    with zipfile.ZipFile(region).open(data_pkl) as member:
+        return unpickle(member.read(), allowed, where, storage)
+
+
+def write_archive(file: BinaryIO, tensors: Mapping[str, LazyTensor] | LazyTensor) -> None:
+    """Writes what `torch.save` of the dict (or of the one tensor) would hold at the file's position, one block of rows at a time."""
+    entries = [tensors] if isinstance(tensors, LazyTensor) else list(tensors.values())
+    with zipfile.ZipFile(_Offset(file), "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _write_member(archive, "data.pkl", [_pickle(tensors)])
+        _write_member(archive, "byteorder", [b"little"])
+        for key, tensor in enumerate(entries):
+            _write_member(archive, f"data/{key}", map(tensor_bytes, tensor.blocks()))
+        _write_member(archive, "version", [b"3\n"])
+
+
+def _write_member(archive: zipfile.ZipFile, name: str, pieces) -> None:
+    info = zipfile.ZipInfo(f"archive/{name}")  # the date is zipfile's 1980: equal weights make equal files
+    header = archive.fp.tell() + 30 + len(info.filename) + 20  # fixed part, name, zip64 sizes
+    padding = -(header + 4) % _ALIGNMENT  # torch maps storages in place, so they start aligned
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    with archive.open(info, "w", force_zip64=True) as member:
+        for piece in pieces:
+            member.write(piece)
+
+
+def _pickle(tensors: Mapping[str, LazyTensor] | LazyTensor) -> bytes:
+    """data.pkl: tensors as torch pickles them, each a storage of its own that is named by number."""
+    buffer = io.BytesIO()
+    pickler = _TensorPickler(buffer)
+    pickler.dump(tensors if isinstance(tensors, LazyTensor) else dict(tensors))
+    return buffer.getvalue()
+
+
+class _StorageToken:
+    def __init__(self, key: int, tensor: LazyTensor):
+        self.key, self.tensor = key, tensor
+
+
+class _TensorPickler(pickle.Pickler):
+    """Protocol 2, as torch.save: a LazyTensor becomes the call that rebuilds a tensor, its storage a persistent id."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file, protocol=2)
+        self._count = 0
+
+    def persistent_id(self, obj):
+        if not isinstance(obj, _StorageToken):
+            return None
+        storage = getattr(torch, _STORAGE_NAMES[obj.tensor.dtype])
+        return ("storage", storage, str(obj.key), "cpu", prod(obj.tensor.shape))
+
+    def reducer_override(self, obj):
+        if not isinstance(obj, LazyTensor):
+            return NotImplemented
+        token = _StorageToken(self._count, obj)
+        self._count += 1
+        return torch._utils._rebuild_tensor_v2, (token, 0, obj.shape, _contiguous(obj.shape), False, collections.OrderedDict())
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _data_offset(region: "_Region", info: zipfile.ZipInfo) -> int:
+    """Where a member's bytes start: behind its local header, whose name and extra field have lengths of their own."""
+    region.seek(info.header_offset)
+    header = region.read(30)
+    if len(header) < 30 or header[:4] != b"PK\3\4":
+        raise ValueError(f"{info.filename} has no local header")
+    return info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+
+
+class _Region(io.RawIOBase):
+    """A part of a mapped file as a file of its own, for zipfile."""
+
+    def __init__(self, mapping: mmap.mmap, start: int, length: int):
+        self._mapping, self._start, self._length, self._position = mapping, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if self._position < 0:
+            raise ValueError("seek before the start")
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        count = max(0, min(len(buffer), self._length - self._position))
+        begin = self._start + self._position
+        buffer[:count] = self._mapping[begin : begin + count]
+        self._position += count
+        return count
+
+
+class _Offset(io.RawIOBase):
+    """A file from its current position on as a file of its own, so that the zip's offsets count from there."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._start = file, file.tell()
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        return self._file.write(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset + (self._start if whence == io.SEEK_SET else 0), whence) - self._start
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
