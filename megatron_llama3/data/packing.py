@@ -16,7 +16,6 @@ import numpy as np
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.data.indexed_dataset import IndexedDataset
 
-
 _CACHE_FROM_DOCUMENTS = 4_000_000  # below, building takes less than a quarter of a second
 
 

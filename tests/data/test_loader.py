@@ -1,0 +1,220 @@
+"""The training stream: nothing lost or repeated through changes of length, batch, layout, weights and datasets, and through resuming."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.data.blend import integer_weights
+from megatron_llama3.data.loader import TrainingStream, batch_hash, build_train_and_valid_streams, whole_batch
+from megatron_llama3.data.packing import PackedDocuments
+from tests.data.datasets import numbered_documents, write_dataset
+
+LENGTHS = {"a": [40, 1, 0, 25, 90, 7] * 3, "b": [300], "c": [11] * 40}
+FIRST_ID = {"a": 0, "b": 10_000, "c": 20_000}
+VOCAB = 30_000
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets")
+    return {name: write_dataset(folder / name, numbered_documents(lengths, FIRST_ID[name])) for name, lengths in LENGTHS.items()}
+
+
+def make_stream(datasets, weights: dict[str, float], seed: int = 1, **kwargs) -> TrainingStream:
+    sources = [PackedDocuments(datasets[name], 0, datasets[name].num_documents, seed) for name in weights]
+    return TrainingStream(sources, integer_weights(list(weights.values())), VOCAB, seed, **kwargs)
+
+
+def tokens_by_source(batches) -> dict[str, list[int]]:
+    """All tokens in the order in which they came, each source's apart."""
+    tokens = np.concatenate([np.asarray(batch.tokens).reshape(-1) for batch in batches])
+    return {name: (tokens[tokens // 10_000 == first // 10_000]).tolist() for name, first in FIRST_ID.items()}
+
+
+def resumed(stream: TrainingStream, datasets, weights: dict[str, float]) -> TrainingStream:
+    """A new stream that goes on from the state of `stream`, which passes through JSON as in a checkpoint."""
+    other = make_stream(datasets, weights, stream.seed)
+    other.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    return other
+
+
+def is_stream_prefix(tokens: list[int], dataset, seed: int = 1) -> bool:
+    packed = PackedDocuments(dataset, 0, dataset.num_documents, seed)
+    return not tokens or tokens == packed.read(0, len(tokens), VOCAB).tokens.tolist()
+
+
+def test_a_batch_by_hand(tmp_path):
+    dataset = write_dataset(tmp_path / "x", [np.array([1, 2, 3])])
+    stream = TrainingStream([PackedDocuments(dataset, 0, 1, 1)], [1], 10, 1)
+    batch = stream.next_batch(2, 4, 1, 0, 1)
+    assert batch.tokens.tolist() == [[[1, 2, 3, 1]], [[2, 3, 1, 2]]]
+    assert batch.targets.tolist() == [[[2, 3, 1, 2]], [[3, 1, 2, 3]]]
+    assert batch.document_ids.tolist() == [[[0, 0, 0, 1]], [[0, 0, 1, 1]]]
+    assert batch.loss_mask.tolist() == [[[True, True, False, True]], [[True, False, True, True]]]
+    assert batch.position_ids.tolist() == [[[0, 1, 2, 3]], [[0, 1, 2, 3]]]
+    assert [array.dtype for array in batch] == [np.int64, np.int64, bool, np.int32, np.int64]
+
+
+def test_options_of_positions_and_borders(tmp_path):
+    dataset = write_dataset(tmp_path / "x", [np.array([1, 2, 3])])
+    stream = TrainingStream([PackedDocuments(dataset, 0, 1, 1)], [1], 10, 1, reset_position_ids=True, loss_across_documents=True)
+    batch = stream.next_batch(2, 5, 1, 0, 1)
+    assert batch.position_ids.tolist() == [[[0, 1, 2, 0, 1]], [[0, 0, 1, 2, 0]]]
+    assert batch.loss_mask.all()
+
+
+def test_borders_come_from_the_index_and_not_from_ids(tmp_path):
+    """An end-of-document id in mid-document is no border, and equal neighbours are."""
+    dataset = write_dataset(tmp_path / "x", [np.array([9, 5, 9, 9, 9]), np.array([9, 9])])
+    packed = PackedDocuments(dataset, 0, 2, 1)
+    batch = TrainingStream([packed], [1], 10, 1).next_batch(1, 7, 1, 0, 1)
+    first = packed.spans(0, 7).lengths[0]
+    assert batch.document_ids.tolist() == [[[0] * first + [1] * (7 - first)]]
+    assert np.flatnonzero(~batch.loss_mask[0, 0]).tolist() == [first - 1, 6]
+
+
+@pytest.mark.parametrize("dp_size, micro_batch_size", [(1, 1), (1, 4), (2, 3), (3, 2), (4, 1), (12, 1)])
+def test_the_ranks_of_any_layout_together_get_the_batch_of_one(datasets, dp_size, micro_batch_size):
+    weights = {"a": 3, "b": 1, "c": 2}
+    alone = make_stream(datasets, weights)
+    ranks = [make_stream(datasets, weights) for _ in range(dp_size)]
+    for length in (16, 48):
+        expected = alone.next_batch(12, length, 12, 0, 1)
+        parts = [rank.next_batch(12, length, micro_batch_size, d, dp_size) for d, rank in enumerate(ranks)]
+        assert parts[0].tokens.shape == (12 // micro_batch_size // dp_size, micro_batch_size, length)
+        assert batch_hash(whole_batch(parts)) == batch_hash(expected)
+        for d, part in enumerate(parts):  # the rule of the module's docstring, sequence by sequence
+            for m, j in np.ndindex(part.tokens.shape[:2]):
+                k = (m * dp_size + d) * micro_batch_size + j
+                np.testing.assert_array_equal(part.tokens[m, j], expected.tokens[0, k])
+    assert all(rank.state_dict() == alone.state_dict() for rank in ranks)
+
+
+def test_a_batch_that_the_layout_does_not_divide_is_refused(datasets):
+    with pytest.raises(UserError, match="12 is not divisible by micro-batch size 2 x data-parallel size 4"):
+        make_stream(datasets, {"a": 1}).next_batch(12, 8, 2, 0, 4)
+
+
+_blends = st.sampled_from([{"a": 1}, {"a": 3, "b": 2}, {"b": 1, "c": 5, "a": 1}, {"c": 1}])
+_steps = st.lists(st.tuples(st.sampled_from([1, 2, 6]), st.integers(1, 70), _blends), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=_steps)
+def test_no_token_is_lost_or_repeated_whatever_changes(datasets, steps):
+    """Batch size, sequence length, weights and the set of datasets change at every step, each change a resume from the state."""
+    batches, stream = [], make_stream(datasets, steps[0][2])
+    for batch_size, length, weights in steps:
+        stream = resumed(stream, datasets, weights)
+        batches.append(stream.next_batch(batch_size, length, 1, 0, 1))
+    for name, tokens in tokens_by_source(batches).items():
+        assert is_stream_prefix(tokens, datasets[name])
+    given_tokens = sum(row["epoch"] * row["tokens_per_epoch"] + row["token_offset"] for row in stream.state_dict()["sources"])
+    assert given_tokens == sum(size * length for size, length, _ in steps)
+
+
+def test_resuming_anywhere_equals_going_on(datasets):
+    weights = {"a": 5, "b": 2, "c": 3}
+    schedule = [(4, 8)] * 5 + [(6, 8)] * 3 + [(6, 50)] * 6
+    unbroken = make_stream(datasets, weights)
+    states, hashes = [], []
+    for size, length in schedule:
+        states.append(json.dumps(unbroken.state_dict()))
+        hashes.append(batch_hash(unbroken.next_batch(size, length, 2, 0, 1)))
+    assert len(set(hashes)) == len(hashes)
+    for begin, state in enumerate(states):
+        stream = make_stream(datasets, weights)
+        stream.load_state_dict(json.loads(state))
+        assert [batch_hash(stream.next_batch(size, length, 2, 0, 1)) for size, length in schedule[begin:]] == hashes[begin:]
+
+
+def test_the_blend_is_exact_through_batches_and_changes_of_weight(datasets):
+    drawn, stream = [], make_stream(datasets, {"a": 3, "b": 2, "c": 2})
+    for size in (1, 5, 2, 30, 7):
+        drawn += stream.plan_batch(size, 10)[0].tolist()
+    for n in range(1, len(drawn) + 1):
+        for i, weight in enumerate((3, 2, 2)):
+            assert abs(drawn[:n].count(i) - n * weight / 7) < 1
+    stream = resumed(stream, datasets, {"a": 1, "b": 0, "c": 1})
+    changed = np.concatenate([stream.plan_batch(size, 10)[0] for size in (1, 4, 3)])
+    assert 1 not in changed
+    assert all(abs((changed[:n] == 0).sum() - n / 2) < 1 for n in range(1, 9))
+
+
+def test_moved_and_reordered_datasets_go_on(datasets, tmp_path):
+    stream = make_stream(datasets, {"a": 1, "b": 1})
+    stream.next_batch(5, 10, 1, 0, 1)
+    moved = {**datasets, "a": write_dataset(tmp_path / "elsewhere", numbered_documents(LENGTHS["a"], FIRST_ID["a"]))}
+    other = resumed(stream, moved, {"b": 1, "a": 1})
+    first, second = ({row.pop("fingerprint"): row | {"prefix": ""} for row in s.state_dict()["sources"]} for s in (stream, other))
+    assert first == second
+
+
+def test_a_dataset_that_returns_goes_on_where_it_stood(datasets):
+    stream = make_stream(datasets, {"a": 1, "b": 1})
+    first = stream.next_batch(4, 10, 1, 0, 1)
+    stream = resumed(stream, datasets, {"b": 1})
+    second = stream.next_batch(4, 10, 1, 0, 1)
+    stream = resumed(stream, datasets, {"a": 1, "b": 1})
+    third = stream.next_batch(4, 10, 1, 0, 1)
+    for name, tokens in tokens_by_source([first, second, third]).items():
+        assert is_stream_prefix(tokens, datasets[name])
+
+
+def test_going_on_with_another_seed_or_split_is_refused(datasets):
+    state = make_stream(datasets, {"a": 1}).state_dict()
+    with pytest.raises(UserError, match=r"--seed 2, but .* seed 1"):
+        make_stream(datasets, {"a": 1}, seed=2).load_state_dict(state)
+    part = TrainingStream([PackedDocuments(datasets["a"], 0, 10, 1)], [1], VOCAB, 1)
+    with pytest.raises(UserError, match="keep --split"):
+        part.load_state_dict(state)
+
+
+def run_config(**data) -> RunConfig:
+    config = RunConfig()
+    config.model.vocab_size = VOCAB
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    return config
+
+
+def test_built_from_a_config(datasets):
+    paths = [datasets[name].prefix for name in "ac"]
+    train, valid = build_train_and_valid_streams(run_config(data_path=["0.3", paths[0], "0.7", paths[1]], split="80,20,0"))
+    assert train.weights == [3, 7]
+    assert [(s.first, s.last) for s in train.sources + valid.sources] == [(0, 14), (0, 32), (14, 18), (32, 40)]
+    first = batch_hash(valid.next_batch(2, 16, 1, 0, 1))
+    valid.next_batch(2, 16, 1, 0, 1)
+    valid.rewind()
+    assert batch_hash(valid.next_batch(2, 16, 1, 0, 1)) == first
+    train, valid = build_train_and_valid_streams(run_config(train_data_path=[paths[0]], valid_data_path=[paths[1]]))
+    assert (train.sources[0].last, valid.sources[0].last) == (18, 40)
+
+
+def test_no_validation_where_none_is_asked(datasets):
+    path = [datasets["a"].prefix]
+    assert build_train_and_valid_streams(run_config(data_path=path, split="1,0,0"))[1] is None
+    assert build_train_and_valid_streams(run_config(train_data_path=path))[1] is None
+    config = run_config(data_path=path, split="9,1,0")
+    config.training.eval_iters = 0
+    assert build_train_and_valid_streams(config)[1] is None
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({}, "neither of them"),
+        ({"data_path": ["a"], "train_data_path": ["a"]}, "both of them"),
+        ({"data_path": ["a"], "valid_data_path": ["a"]}, "--valid-data-path goes with --train-data-path"),
+        ({"data_path": ["/nowhere/a"]}, "/nowhere/a.idx: no such file"),
+        ({"train_data_path": ["1", "a", "b", "2"]}, "--train-data-path"),
+    ],
+)
+def test_bad_data_flags_are_one_line(data, message):
+    with pytest.raises(UserError, match=message):
+        build_train_and_valid_streams(run_config(**data))
