@@ -94,7 +94,7 @@ def config_from_hf(config: dict, where: object = "config.json") -> ModelConfig:
         value = config.get(theirs, config["num_attention_heads"] if theirs == "num_key_value_heads" else _OPTIONAL.get(theirs))
         if value is None:
             raise UserError(f"{where}: the field {theirs} is missing")
-        values[ours] = value
+        values[ours] = _as_field(ours, value)
     model = ModelConfig(**values, untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False), **_rope(config, where))
     head_dim = config.get("head_dim")
     if head_dim not in (None, model.head_dim):
@@ -116,7 +116,10 @@ def _rope(config: dict, where: object) -> dict:
 
 def _rope_form(form: dict, key: str, theta: float | None, where: object) -> dict:
     kind = form.get("rope_type", form.get("type", "default"))
-    values = {"rotary_base": float(form.get("rope_theta", 10_000.0 if theta is None else theta))}  # 10,000: LlamaConfig's default
+    base = form.get("rope_theta", 10_000 if theta is None else theta)  # 10,000: LlamaConfig's default
+    if base != int(base):
+        raise UserError(f"{where}: rope_theta {base} is no whole number, which --rotary-base is, as in Megatron-LM")
+    values = {"rotary_base": int(base)}
     numbers = {name: value for name, value in form.items() if name not in ("rope_type", "type", "rope_theta")}
     if kind == "default":
         return values
@@ -124,4 +127,9 @@ def _rope_form(form: dict, key: str, theta: float | None, where: object) -> dict
         raise UserError(f"{where}: {key} of type {kind!r}; Llama 3 has 'default' or 'llama3'")
     if set(numbers) != set(_ROPE_NUMBERS):
         raise UserError(f"{where}: {key} of type 'llama3' has {sorted(numbers)}, needs {sorted(_ROPE_NUMBERS)}")
-    return values | {"use_rope_scaling": True} | {ours: numbers[theirs] for theirs, ours in _ROPE_NUMBERS.items()}
+    return values | {"use_rope_scaling": True} | {ours: _as_field(ours, numbers[theirs]) for theirs, ours in _ROPE_NUMBERS.items()}
+
+
+def _as_field(name: str, value: float) -> float:
+    """JSON does not tell 8 from 8.0; the run config does."""
+    return type(getattr(ModelConfig(), name))(value)

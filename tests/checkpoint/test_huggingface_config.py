@@ -11,7 +11,7 @@ from megatron_llama3.config.model import ModelConfig
 # No value is a default, so a field that is not carried shows.
 UNUSUAL = ModelConfig(
     num_layers=3, hidden_size=96, ffn_hidden_size=160, num_attention_heads=6, num_query_groups=2, kv_channels=32, vocab_size=777,
-    max_position_embeddings=4096, norm_epsilon=3e-6, rotary_base=123_456.0, use_rope_scaling=True, rope_scaling_factor=32.0,
+    max_position_embeddings=4096, norm_epsilon=3e-6, rotary_base=123_456, use_rope_scaling=True, rope_scaling_factor=32.0,
     rope_scaling_low_freq_factor=2.0, rope_scaling_high_freq_factor=5.0, rope_scaling_original_max_position_embeddings=1024,
     untie_embeddings_and_output_weights=False, init_method_std=0.01,
 )  # fmt: skip
@@ -36,7 +36,7 @@ def test_transformers_reads_every_field():
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_either_form_of_rope_is_read(scaled):
-    model = dataclasses.replace(UNUSUAL, use_rope_scaling=True) if scaled else ModelConfig(rotary_base=77.0)
+    model = dataclasses.replace(UNUSUAL, use_rope_scaling=True) if scaled else ModelConfig(rotary_base=77)
     both = config_to_hf(model)
     newer = {key: value for key, value in both.items() if key not in ("rope_theta", "rope_scaling")}
     older = {key: value for key, value in both.items() if key != "rope_parameters"}
@@ -49,7 +49,7 @@ def test_defaults_of_older_configs():
         del config[key]
     model = config_from_hf(config)
     assert model.num_query_groups == 8
-    assert model.rotary_base == 10_000.0
+    assert model.rotary_base == 10_000
     assert model.untie_embeddings_and_output_weights
 
 
@@ -67,12 +67,13 @@ def test_defaults_of_older_configs():
         ({"use_qk_norm": True}, "unknown field use_qk_norm = True"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "of type 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}, "of type 'linear'"),
+        ({"rope_theta": 1.5, "rope_parameters": None}, "no whole number"),
         ({"rope_theta": 1.0}, "rope_parameters says"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "needs .*low_freq_factor"),
         ({"hidden_size": None}, "hidden_size is missing"),
     ],
 )
 def test_refusals(change, message):
-    config = config_to_hf(ModelConfig(rotary_base=10.0)) | change
+    config = config_to_hf(ModelConfig(rotary_base=10)) | change
     with pytest.raises(UserError, match=message):
         config_from_hf(config)
