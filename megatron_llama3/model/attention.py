@@ -7,6 +7,7 @@ Shapes: s = queries on this rank, S = keys of the whole sequence so far, b = mic
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -86,9 +87,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tens
     k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
     for piece, (start, end) in _by_range(q, mask):
         blocks = mask.once(_block_mask, "flex", start, end, q.shape[1])
-        out = run(
-            piece.permute(1, 2, 0, 3).contiguous(), k[:, :, :end].contiguous(), v[:, :, :end].contiguous(), block_mask=blocks, enable_gqa=True
-        )
+        query = piece.permute(1, 2, 0, 3).contiguous()
+        out = run(query, k[:, :, :end].contiguous(), v[:, :, :end].contiguous(), block_mask=blocks, enable_gqa=True)
         pieces.append(out.permute(2, 0, 1, 3))
     return torch.cat(pieces)
 
@@ -134,7 +134,7 @@ def _stretches(mask: AttentionMask, start: int, end: int, batch: int):
     for row in range(batch):
         ids = np.zeros(end, np.int32) if mask.document_ids is None else mask.document_ids[row, :end]
         borders = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), end]
-        documents = [(a, e) for a, e in zip(borders[:-1], borders[1:]) if e > start]
+        documents = [(a, e) for a, e in pairwise(borders) if e > start]
         first_keys.append(documents[0][0])
         query_lengths += [e - max(a, start) for a, e in documents]
         key_lengths += [e - a for a, e in documents]
@@ -163,7 +163,9 @@ class Attention(nn.Module):
     """Grouped-query attention (paper, section 3.2). Where TP exceeds the KV heads, wk and wv are whole on every rank, which takes the rows
     of the one head that its queries use."""
 
-    def __init__(self, weight: Callable[[str], Tensor], config: ModelConfig, tp: TensorParallel, cp_group, kernel: str, recompute: bool = False):
+    def __init__(
+        self, weight: Callable[[str], Tensor], config: ModelConfig, tp: TensorParallel, cp_group, kernel: str, recompute: bool = False
+    ):
         super().__init__()
         self.wq, self.wk, self.wv, self.wo = (ParallelLinear(weight(f"attention.{w}.weight"), tp) for w in ("wq", "wk", "wv", "wo"))
         self.tp, self.cp_group, self.head_dim = tp, cp_group, config.head_dim
@@ -177,7 +179,7 @@ class Attention(nn.Module):
             self.core = partial(checkpoint, self.core, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache=None) -> Tensor:
-        """x [s, b, h] (or this rank's part of s under sequence parallelism) -> the same shape. `cache` (inference) keeps keys and values."""
+        """x [s, b, h] (this rank's part of s under sequence parallelism) -> the same shape. `cache` (inference) keeps keys and values."""
         x = self.tp.gather_input(x)
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))
         k, v = (self._kv(layer, x).unflatten(-1, (-1, self.head_dim)) for layer in (self.wk, self.wv))

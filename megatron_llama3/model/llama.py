@@ -89,7 +89,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """h = x + Attention(norm(x)); h + FeedForward(norm(h))."""
 
-    def __init__(self, weight: Callable[[str], Tensor], config: ModelConfig, tp: TensorParallel, cp_group, kernel: str, recompute_core: bool):
+    def __init__(
+        self, weight: Callable[[str], Tensor], config: ModelConfig, tp: TensorParallel, cp_group, kernel: str, recompute_core: bool
+    ):
         super().__init__()
         self.attention_norm = RMSNorm(weight("attention_norm.weight"), config.norm_epsilon)
         self.attention = Attention(weight, config, tp, cp_group, kernel, recompute_core)

@@ -84,7 +84,9 @@ class PipelineExecutor:
         self.group, self.device, self.hooks, self.deferred = group, device, hooks, deferred
         self._last_of_chunk = {(a.kind, a.chunk): a for a in actions}
 
-    def run(self, microbatches: list, on_loss: Callable[[Tensor, int], Tensor], boundary_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def run(
+        self, microbatches: list, on_loss: Callable[[Tensor, int], Tensor], boundary_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
         """Plays the list. `on_loss(output, microbatch number)` is called on the last stage only."""
         self.microbatches, self.on_loss = microbatches, on_loss
         self.boundary = {"size": boundary_shape, "dtype": dtype, "device": self.device}

@@ -82,8 +82,8 @@ class Engine(ABC):
 
     @abstractmethod
     def state_tensors(self, with_optimizer: bool = True) -> dict[str, Tensor]:
-        """"model.<name>", "optimizer.exp_avg.<name>", "optimizer.exp_avg_sq.<name>" -> tensors of true global shape (DTensors where sharded),
-        in the main dtype. Writing into them and calling `state_loaded` restores a run."""
+        """"model.<name>", "optimizer.exp_avg.<name>", "optimizer.exp_avg_sq.<name>" -> tensors of true global shape (DTensors where
+        sharded), in the main dtype. Writing into them and calling `state_loaded` restores a run."""
 
     @abstractmethod
     def state_loaded(self, step: int, with_optimizer: bool = True) -> None:
@@ -101,7 +101,7 @@ class Engine(ABC):
     def finish_gradients(self) -> None:
         """After the last backward: reduces what is not reduced yet, and sums what ranks of TP and the embedding group hold parts of."""
 
-    def release_gathered_weights(self) -> None:
+    def release_gathered_weights(self) -> None:  # noqa: B027 (most engines have nothing to free)
         """After an evaluation: weights that were gathered for it are freed."""
 
     # --- shared by engines ---

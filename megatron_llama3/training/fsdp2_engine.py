@@ -126,7 +126,8 @@ class Fsdp2Engine(Engine):
         dim = spec.split_dim_at(self.tp.size)
         stride = torch.empty(spec.shape, device="meta").stride()
         placement = [Replicate() if dim is None else Shard(dim)]
-        tensor = DTensor.from_local(parameter.data, self.mesh["tp"], placement, run_check=False, shape=torch.Size(spec.shape), stride=stride)
+        shape = torch.Size(spec.shape)
+        tensor = DTensor.from_local(parameter.data, self.mesh["tp"], placement, run_check=False, shape=shape, stride=stride)
         return torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
     def _shard(self, chunk: Llama) -> None:
