@@ -4,6 +4,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 
@@ -58,6 +59,7 @@ def groups(config_class: type) -> dict[str, type]:
     return {f.name: hints[f.name] for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(hints[f.name])}
 
 
+@cache
 def field_specs(config_class: type) -> list[FieldSpec]:
     """Every field of every group, in order of declaration."""
     specs = []
