@@ -9,9 +9,7 @@ from megatron_llama3.config.parallel import ParallelConfig
 
 @dataclass(kw_only=True)
 class DataConfig:
-    data_path: list[str] = field(
-        **list_option("Indexed datasets, without .bin/.idx: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...; cut by --split.")
-    )
+    data_path: list[str] = field(**list_option("Indexed datasets without .bin/.idx: PREFIX ..., or WEIGHT PREFIX ...; cut by --split."))
     train_data_path: list[str] = field(**list_option("The same for training only; use with --valid-data-path instead of --data-path."))
     valid_data_path: list[str] = field(**list_option("The same for validation only."))
     split: str = option("969,30,1", "Shares of --data-path for training, validation and test.")
@@ -82,6 +80,7 @@ class CheckpointConfig:
         "Take the learning-rate schedule from the flags where it differs from the checkpoint's.",
         aliases=("--override-opt_param-scheduler",),
     )
+    override_data: bool = option(False, "Take data, sequence length and batch size from the flags where they differ from the checkpoint's.")
     no_async_save: bool = option(False, "Wait for each checkpoint to be on disk before going on.")
 
 

@@ -30,18 +30,20 @@ def resolve(config: "RunConfig", given_seq_length: bool = True) -> None:
         return
     if not given_seq_length:
         config.data.seq_length = max(length for _, length in lengths)
-    if config.training.global_batch_size is None:
-        config.training.global_batch_size = max(size for _, size in batches) or None
+    largest = max(size for _, size in batches)
+    if config.training.global_batch_size is None and largest > 0:
+        config.training.global_batch_size = largest
 
 
 def _resolve_virtual_stages(config: "RunConfig") -> None:
     parallel = config.parallel
     per_chunk = parallel.num_layers_per_virtual_pipeline_stage
     uneven = parallel.decoder_first_pipeline_num_layers or parallel.decoder_last_pipeline_num_layers
-    if not per_chunk or per_chunk < 1 or uneven or parallel.num_virtual_stages_per_pipeline_rank is not None:
+    stages = parallel.pipeline_model_parallel_size
+    if not per_chunk or per_chunk < 1 or stages < 2 or uneven or parallel.num_virtual_stages_per_pipeline_rank is not None:
         return
-    if _layers_to_split(config) % (parallel.pipeline_model_parallel_size * per_chunk) == 0:
-        parallel.num_virtual_stages_per_pipeline_rank = _layers_to_split(config) // (parallel.pipeline_model_parallel_size * per_chunk)
+    if _layers_to_split(config) % (stages * per_chunk) == 0:
+        parallel.num_virtual_stages_per_pipeline_rank = _layers_to_split(config) // (stages * per_chunk)
         parallel.num_layers_per_virtual_pipeline_stage = None
 
 
@@ -276,25 +278,16 @@ def missing_inputs(config: "RunConfig") -> Iterator[str]:
 
 
 def _missing_datasets(name: str, entries: list[str]) -> Iterator[str]:
-    """Checks PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ..., as Megatron reads it."""
-    prefixes = entries
-    if len(entries) > 1:
-        if len(entries) % 2:
-            yield f"{name} has {len(entries)} entries: give one PREFIX, or WEIGHT PREFIX pairs"
-            return
-        prefixes = entries[1::2]
-        for weight in entries[::2]:
-            if not _is_weight(weight):
-                yield f"{name}: weight '{weight}' is not a number above 0"
-    for prefix in prefixes:
-        for suffix in (".bin", ".idx"):
-            if not os.path.isfile(prefix + suffix):
-                yield f"{name} {prefix}: no file {prefix}{suffix}"
-                break
+    """Every entry that is no weight is the prefix of a .bin and an .idx file; data/sources.py reads the weights."""
+    for prefix in entries:
+        missing = [prefix + suffix for suffix in (".bin", ".idx") if not os.path.isfile(prefix + suffix)]
+        if missing and not _is_number(prefix):
+            yield f"{name} {prefix}: no file {missing[0]}"
 
 
-def _is_weight(text: str) -> bool:
+def _is_number(text: str) -> bool:
     try:
-        return 0 < float(text) < float("inf")
+        float(text)
     except ValueError:
         return False
+    return True
