@@ -5,7 +5,7 @@ Shapes: s = sequence on this rank (of the whole sequence / CP, and / TP between 
 h = hidden size. Activations are [s, b, h] throughout: what passes between pipeline stages is contiguous.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -151,6 +151,12 @@ class Llama(nn.Module):
             else:
                 x = self._run(group, x, rotary, inputs.mask, caches)
         return x if self.output is None else self._head(x, inputs.targets)
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Global name -> this rank's part. A tied output layer goes by the embedding's name, also on a stage without the embedding."""
+        for name, parameter in self.named_parameters():
+            is_tied = name == "output.weight" and not self.config.untie_embeddings_and_output_weights
+            yield "tok_embeddings.weight" if is_tied else name, parameter
 
     def _run(self, group: list[str], x: Tensor, rotary, mask: AttentionMask, caches=None) -> Tensor:
         for number in group:

@@ -106,9 +106,9 @@ class Engine(ABC):
 
     # --- shared by engines ---
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         for chunk in self.chunks.values():
-            yield from chunk.named_parameters()
+            yield from chunk.named_weights()
 
     def weight(self, name: str) -> WeightSpec:
         return self.specs[name]
@@ -143,7 +143,7 @@ class Engine(ABC):
             if number % self.groups.topology.pp != self.groups.at.pp:
                 continue
             chunk = Llama(c.model, self.tp, self.groups.cp, content.layers, content.has_embedding, content.has_output, options)
-            for name, parameter in chunk.named_parameters():
+            for name, parameter in chunk.named_weights():
                 parameter.requires_grad_(trainable(name))
             if p.compile_blocks:
                 for block in chunk.layers.values():

@@ -28,7 +28,7 @@ class Fsdp2Engine(Engine):
             self._distribute(chunk)
             if self.is_sharded:
                 self._shard(chunk)
-        self.parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in self.named_weights() if p.requires_grad}
         self.locals = {name: local(p.detach()) for name, p in self.parameters.items()}
         self.optimizer = self._make_optimizer()
 
@@ -95,7 +95,7 @@ class Fsdp2Engine(Engine):
 
     def state_tensors(self, with_optimizer: bool = True) -> dict[str, Tensor]:
         state = {}
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_weights():
             state[f"model.{name}"] = parameter.detach()
             if with_optimizer and name in self.parameters:
                 for moment in ("exp_avg", "exp_avg_sq"):
@@ -117,7 +117,7 @@ class Fsdp2Engine(Engine):
         for module in chunk.modules():
             for key, parameter in list(module.named_parameters(recurse=False)):
                 if parameter not in replaced:
-                    name = next(n for n, p in chunk.named_parameters() if p is parameter)
+                    name = next(n for n, p in chunk.named_weights() if p is parameter)
                     replaced[parameter] = self._as_dtensor(name, parameter)
                 setattr(module, key, replaced[parameter])
 

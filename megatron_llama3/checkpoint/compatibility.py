@@ -1,0 +1,66 @@
+"""Which fields of a config may differ between a checkpoint and the run that loads it.
+
+A field may change freely (layout, engine, logging, saving), may change on the user's word (learning-rate schedule; data and batch), or
+must match (model, tokenizer, precision of the whole run's numbers). A violation is one line.
+"""
+
+from dataclasses import fields
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.run import RunConfig
+
+SCHEDULE_FIELDS = ("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters")
+DATA_FIELDS = ("data_path", "train_data_path", "valid_data_path", "split", "seq_length", "seq_length_schedule")
+SEMANTIC_DATA_FIELDS = ("reset_position_ids", "document_mask", "loss_across_documents")
+BATCH_FIELDS = ("global_batch_size", "step_batch_size_schedule")
+
+
+def check_compatible(saved: RunConfig, current: RunConfig, path: str) -> None:
+    """Raises UserError for the first difference that is not allowed. With --finetune only the model's weights must fit."""
+    _must_match(saved.model, current.model, _weight_fields() if current.checkpoint.finetune else _all_fields(saved.model), path)
+    if current.checkpoint.finetune:
+        return
+    if not current.checkpoint.override_opt_param_scheduler:
+        flag = "--override-opt-param-scheduler"
+        _needs_flag(_schedule(saved), _schedule(current), flag, path)
+    if not current.checkpoint.override_data:
+        _needs_flag(_data(saved), _data(current), "--override-data", path)
+
+
+def _schedule(config: RunConfig) -> dict:
+    values = {name: getattr(config.optimizer, name) for name in SCHEDULE_FIELDS}
+    return values | {"lr_decay_iters": config.optimizer.lr_decay_iters or config.training.train_iters}
+
+
+def _data(config: RunConfig) -> dict:
+    values = {name: getattr(config.data, name) for name in DATA_FIELDS + SEMANTIC_DATA_FIELDS}
+    return values | {name: getattr(config.training, name) for name in BATCH_FIELDS}
+
+
+def _all_fields(section) -> list[str]:
+    return [f.name for f in fields(section)]
+
+
+def _weight_fields() -> list[str]:
+    """What the shapes of the weights depend on."""
+    return [
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "vocab_size",
+        "untie_embeddings_and_output_weights",
+    ]  # fmt: skip
+
+
+def _must_match(saved, current, names: list[str], path: str) -> None:
+    for name in names:
+        theirs, ours = getattr(saved, name), getattr(current, name)
+        if theirs != ours:
+            raise UserError(f"{_flag(name)} is {ours} here and {theirs} in {path}: it must match")
+
+
+def _needs_flag(saved: dict, current: dict, flag: str, path: str) -> None:
+    for name, theirs in saved.items():
+        if theirs != current[name]:
+            raise UserError(f"{_flag(name)} is {current[name]} here and {theirs} in {path}: add {flag} if that is meant")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

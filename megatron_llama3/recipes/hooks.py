@@ -1,0 +1,48 @@
+"""What happens between steps, as hooks for `training.loop.train`: evaluation and saving."""
+
+from megatron_llama3.checkpoint.store import CheckpointWriter
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.data.loader import TrainingStream
+from megatron_llama3.training.engine import Engine
+from megatron_llama3.training.loop import Hook
+from megatron_llama3.training.metrics import MetricsLogger
+from megatron_llama3.training.state import TrainState
+from megatron_llama3.training.step import StepResult
+
+
+def evaluation(engine: Engine, stream: TrainingStream, config: RunConfig, logger: MetricsLogger | None) -> Hook:
+    """Every --eval-interval steps and after the last: the mean loss over the same --eval-iters global batches of the validation split."""
+
+    def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
+        if state.iteration % config.training.eval_interval and not is_last:
+            return
+        loss = evaluate(engine, stream, config, result.global_batch_size, result.seq_length)
+        if logger is not None:
+            logger.evaluated(state, loss)
+
+    return hook
+
+
+def evaluate(engine: Engine, stream: TrainingStream, config: RunConfig, global_batch_size: int, seq_length: int) -> float:
+    """The mean loss over the first --eval-iters global batches of `stream`. Collective."""
+    stream.rewind()
+    total, count = 0.0, 0
+    for _ in range(config.training.eval_iters):
+        at, sizes = engine.groups.at, engine.groups.topology
+        batch = stream.next_batch(global_batch_size, seq_length, config.training.micro_batch_size, at.dp, sizes.dp)
+        nll, tokens = engine.evaluate(batch)
+        total, count = total + nll, count + tokens
+    return total / max(1, count)
+
+
+def saving(writer: CheckpointWriter, stream: TrainingStream, config: RunConfig) -> Hook:
+    """Every --save-interval steps and after the last; the run does not end before the last checkpoint is on disk."""
+
+    def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
+        interval = config.checkpoint.save_interval
+        if is_last or (interval and state.iteration % interval == 0):
+            writer.save(state, stream)
+        if is_last:
+            writer.wait()
+
+    return hook

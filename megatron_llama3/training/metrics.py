@@ -1,0 +1,146 @@
+"""What a person watching a run sees: a progress bar on a terminal or plain lines in a log file, and the same numbers as JSON lines and in
+Weights & Biases (offline unless told otherwise). Rank 0 writes."""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_llama3.config.model import flops_per_token
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.training.state import TrainState
+from megatron_llama3.training.step import StepResult
+
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+"""Dense bf16 tensor-core TFLOP/s by the vendor's sheets, by a part of the device's name."""
+
+
+class MetricsLogger:
+    """A hook for `training.loop.train`."""
+
+    def __init__(self, config: RunConfig, state: TrainState):
+        self.config = config
+        self.peak_tflops = _peak_tflops()
+        folder = config.logging.log_dir or config.checkpoint.save
+        self.jsonl = None
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.jsonl = open(Path(folder) / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  open as long as the run
+        self.wandb = _start_wandb(config)
+        self.bar = None
+        if sys.stdout.isatty():
+            self.bar = tqdm(total=config.training.train_iters, initial=state.iteration, unit="step", file=sys.stdout, dynamic_ncols=True)
+        self.since, self.tokens, self.steps, self.losses = time.monotonic(), 0, 0, []
+
+    def __call__(self, state: TrainState, result: StepResult, is_last: bool) -> None:
+        self.tokens += result.global_batch_size * result.seq_length
+        self.steps += 1
+        self.losses.append(result.loss)
+        if state.iteration % self.config.logging.log_interval == 0 or is_last:
+            self._write(state, result)
+        elif self.bar is not None:
+            self.bar.update()
+
+    def evaluated(self, state: TrainState, loss: float) -> None:
+        """Notes the loss on the validation split."""
+        self._say(f"iteration {state.iteration} | validation loss {loss:.4f}")
+        self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens, "validation_loss": loss})
+        self.since = time.monotonic()  # an evaluation is no training time
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _write(self, state: TrainState, result: StepResult) -> None:
+        now = time.monotonic()
+        seconds, ranks = now - self.since, self.config.parallel.world_size
+        tokens_per_second = self.tokens / seconds
+        record = {
+            "iteration": state.iteration,
+            "consumed_tokens": state.consumed_tokens,
+            "loss": sum(self.losses) / len(self.losses),
+            "gradient_norm": result.gradient_norm,
+            "lr": result.lr,
+            "global_batch_size": result.global_batch_size,
+            "seq_length": result.seq_length,
+            "seconds_per_step": seconds / self.steps,
+            "tokens_per_second": tokens_per_second,
+            "memory_bytes": _memory_bytes(),
+        }
+        for kind in ("full", "causal"):
+            flops = flops_per_token(self.config.model, result.seq_length, causal=kind == "causal")
+            record[f"tflops_per_rank_{kind}_attention"] = tokens_per_second * flops / ranks / 1e12
+            if self.peak_tflops is not None:
+                record[f"mfu_{kind}_attention"] = record[f"tflops_per_rank_{kind}_attention"] / self.peak_tflops
+        steps_left = self.config.training.train_iters - state.iteration
+        self._show(record, seconds / self.steps * steps_left)
+        self._record(record)
+        self.since, self.tokens, self.steps, self.losses = now, 0, 0, []
+
+    def _show(self, record: dict, seconds_left: float) -> None:
+        memory, tflops = record["memory_bytes"] / 2**30, record["tflops_per_rank_causal_attention"]
+        parts = [
+            f"loss {record['loss']:.4f}",
+            f"grad norm {record['gradient_norm']:.3f}",
+            f"lr {record['lr']:.3e}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"{tflops:.3g} TFLOP/s/rank",
+        ]
+        if self.peak_tflops is not None:
+            parts.append(f"MFU {record['mfu_causal_attention']:.1%} (causal), {record['mfu_full_attention']:.1%} (full)")
+        if self.bar is not None:
+            self.bar.set_postfix_str(", ".join(parts), refresh=False)
+            self.bar.update()
+            return
+        total = self.config.training.train_iters
+        parts = [f"iteration {record['iteration']}/{total}", f"{record['consumed_tokens']:,} tokens", *parts]
+        print(" | ".join([*parts, f"{memory:.2f} GiB", f"{_clock(seconds_left)} left"]), flush=True)
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def _record(self, record: dict) -> None:
+        if self.jsonl is not None:
+            self.jsonl.write(json.dumps(record | {"time": time.time()}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(record, step=record["iteration"])
+
+
+def _peak_tflops() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def _memory_bytes() -> int:
+    """The most that was allocated on the GPU, or without one the process's largest resident size."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _start_wandb(config: RunConfig):
+    log = config.logging
+    if log.wandb_project is None:
+        return None
+    import wandb
+
+    folder = log.wandb_save_dir or log.log_dir or config.checkpoint.save or "."
+    return wandb.init(project=log.wandb_project, name=log.wandb_exp_name, dir=folder, mode=log.wandb_mode, config=asdict(config))
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
