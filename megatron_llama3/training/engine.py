@@ -110,6 +110,10 @@ class Engine(ABC):
         for chunk in self.chunks.values():
             yield from chunk.named_weights()
 
+    def gradient_of(self, name: str) -> Tensor | None:
+        """Between `forward_backward` and `optimizer_step` (collective): a weight's gradient, a DTensor where it is cut; None if frozen."""
+        return dict(self.named_weights())[name].grad
+
     def weight(self, name: str) -> WeightSpec:
         return self.specs[name]
 
