@@ -1,0 +1,1 @@
+"""Llama 3's tokenizer: vocabulary and special tokens, the chat format, and training a vocabulary of one's own."""

@@ -1,0 +1,152 @@
+"""Reading and writing a vocabulary in its two public forms: Meta's `tokenizer.model` (tiktoken ranks) and Hugging Face's `tokenizer.json`.
+
+A vocabulary is `ranks`, a dict from a token's bytes to its id 0..n-1; the id is also the merge priority. Special tokens follow.
+"""
+
+import base64
+import binascii
+import functools
+import json
+import os
+from pathlib import Path
+
+from megatron_llama3.config.errors import UserError
+
+# The paper keeps tiktoken's cl100k pattern (paper 3.2; Meta's llama-models, tokenizer.py).
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@functools.cache
+def byte_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, which tokenizer.json uses in place of raw bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    table = {byte: chr(byte) for byte in printable}
+    others = (byte for byte in range(256) if byte not in table)
+    return table | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _printable(token: bytes) -> str:
+    return token.decode("latin-1").translate(byte_to_unicode())
+
+
+def check_ranks(ranks: dict[bytes, int], source: str | Path) -> None:
+    """Raises UserError unless ids are 0..n-1 without gaps and all 256 single bytes are present."""
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"{source}: token ids are not 0..{len(ranks) - 1} without gaps or repeats")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(f"{source}: no token for byte {missing[0]}; a byte-level vocabulary has all 256")
+
+
+def read_tiktoken(path: Path) -> dict[bytes, int]:
+    """Ranks from a file of `<base64 token> <rank>` lines."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
+        except ValueError:
+            raise UserError(f"{path} line {number}: expected '<base64> <rank>', found {line[:60]!r}; is it a tiktoken file?") from None
+    if not ranks:
+        raise UserError(f"{path}: the file is empty")
+    check_ranks(ranks, path)
+    return ranks
+
+
+def write_tiktoken(path: Path, ranks: dict[bytes, int]) -> None:
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
+    write_whole(path, b"".join(lines))
+
+
+def read_huggingface(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+    """(ranks, special tokens) from a tokenizer.json of Llama 3's kind; any other kind is a UserError."""
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    model = data.get("model") or {}
+    pattern = _split_pattern(data.get("pre_tokenizer") or {})
+    if model.get("type") != "BPE" or pattern != SPLIT_PATTERN or data.get("normalizer"):
+        raise UserError(f"{path}: not a Llama 3 tokenizer (needs byte-level BPE, Llama 3's split pattern and no normalizer)")
+    to_byte = {char: byte for byte, char in byte_to_unicode().items()}
+    specials = {entry["content"]: entry["id"] for entry in data.get("added_tokens", [])}
+    try:
+        ranks = {bytes(to_byte[char] for char in token): id_ for token, id_ in model["vocab"].items() if token not in specials}
+    except KeyError as error:
+        raise UserError(f"{path}: character {error} is not in the byte-level alphabet") from None
+    check_ranks(ranks, path)
+    return ranks, specials
+
+
+def _split_pattern(pre_tokenizer: dict) -> str | None:
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+    return patterns[0] if len(patterns) == 1 else None
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Every split of every token into two tokens, by the whole's rank: what tiktoken's ranks mean, spelled out for Hugging Face."""
+    merges = []
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges.extend(splits if len(splits) == 1 else sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])))
+    return merges
+
+
+def huggingface_json(ranks: dict[bytes, int], specials: dict[str, int], bos: str | None = None) -> str:
+    """The tokenizer.json text. With `bos`, encoding there prepends that token, as the published Llama 3 file does."""
+    spelled = {token: _printable(token) for token in ranks}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": id_, "content": name, **flags} for name, id_ in specials.items()],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": _bos_template(bos, specials[bos], byte_level) if bos else byte_level,
+            "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": True,
+                "vocab": {spelled[token]: rank for token, rank in ranks.items()},
+                "merges": [f"{spelled[left]} {spelled[right]}" for left, right in merges_of(ranks)],
+            },
+        },
+        ensure_ascii=False,
+    )
+
+
+def _bos_template(bos: str, bos_id: int, byte_level: dict) -> dict:
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    start_of_second = {"SpecialToken": {"id": bos, "type_id": 1}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [start, first],
+        "pair": [start, first, start_of_second, second],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+    return {"type": "Sequence", "processors": [byte_level, template]}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes aside, then renames: the final name never holds half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(data)
+    os.replace(aside, path)
