@@ -50,6 +50,8 @@ def what_is_there(prefix) -> str:
         found = read_all(prefix)
     except UserError as error:
         return "none" if "no such file" in str(error) else str(error)
+    if IndexedDataset(prefix).sidecar is None:
+        return "without its sidecar"
     return next((name for name, documents in contents.items() if documents == found), "wrong")
 
 

@@ -69,6 +69,12 @@ def test_megatrons_documents_of_several_sequences_or_none(tmp_path):
     assert dataset.document_lengths.tolist() == [sum(map(len, document)) for document in documents]
 
 
+def test_as_many_documents_as_sequences_need_not_mean_one_each(tmp_path):
+    write_with_megatron(tmp_path / "theirs", [[], [np.array([1]), np.array([2, 3])], [np.array([4])]], np.int32)
+    dataset = IndexedDataset(tmp_path / "theirs")
+    assert [dataset.document(i).tolist() for i in range(3)] == [[], [1, 2, 3], [4]]
+
+
 class _Tokenizer:
     vocab_size, eod, unique_identifiers = 60000, 0, {"class": "test"}
 
@@ -152,7 +158,7 @@ def test_a_damaged_dataset_is_refused_in_one_line(tmp_path, damage, message):
 def intact(tmp_path_factory):
     """A dataset with and without a sidecar: prefix, documents."""
     folder = tmp_path_factory.mktemp("fuzz")
-    documents = random_documents(12, seed=8, longest=9)
+    documents = [np.append(document, 7) for document in random_documents(12, seed=8, longest=9)]
     write_dataset(folder / "checked", documents, np.uint16)
     for part in ("bin", "idx"):
         (folder / f"plain.{part}").write_bytes((folder / f"checked.{part}").read_bytes())
@@ -168,34 +174,44 @@ def _read_all(prefix: Path) -> list[list[int]] | None:
     return [dataset.document(i).tolist() for i in range(dataset.num_documents)]
 
 
-_damage = st.one_of(
-    st.tuples(st.just("flip"), st.integers(0, 8 * 300)),
-    st.tuples(st.just("cut"), st.integers(0, 300)),
-    st.tuples(st.just("append"), st.binary(min_size=1, max_size=40)),
-    st.tuples(st.just("overwrite"), st.tuples(st.integers(0, 300), st.binary(min_size=1, max_size=40))),
-)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(start=st.integers(0, 280), patch=st.binary(min_size=1, max_size=40))
+def test_an_overwritten_index_never_reads_wrong(intact, start, patch):
+    original = (intact[0] / "checked.idx").read_bytes()
+    start %= len(original)
+    check_damaged_index(*intact, original[:start] + patch + original[start + len(patch) :])
 
 
-def _apply(data: bytes, damage: tuple) -> bytes:
-    kind, how = damage
-    if kind == "flip":
-        changed = bytearray(data)
-        changed[how // 8 % len(data)] ^= 1 << how % 8
-        return bytes(changed)
-    if kind == "cut":
-        return data[: how % len(data)]
-    if kind == "append":
-        return data + how
-    start = how[0] % len(data)
-    return data[:start] + how[1] + data[start + len(how[1]) :]
+def test_no_flipped_bit_in_the_index_reads_wrong(intact):
+    original = (intact[0] / "checked.idx").read_bytes()
+    for bit in range(8 * len(original)):
+        damaged = bytearray(original)
+        damaged[bit // 8] ^= 1 << bit % 8
+        check_damaged_index(*intact, bytes(damaged))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(damage=_damage)
-def test_a_damaged_index_never_reads_wrong(intact, damage):
-    folder, documents = intact
+def test_no_cut_or_grown_index_opens(intact):
+    original = (intact[0] / "plain.idx").read_bytes()
+    target = intact[0] / "length"
+    Path(f"{target}.bin").write_bytes((intact[0] / "plain.bin").read_bytes())
+    for damaged in [original[:length] for length in range(len(original))] + [original + b"\0", original * 2]:
+        Path(f"{target}.idx").write_bytes(damaged)
+        assert _read_all(target) is None
+
+
+def test_lengths_that_add_up_but_are_negative_are_refused(tmp_path):
+    write_with_megatron(tmp_path / "a", [[np.arange(5)], [np.arange(2)], [np.arange(5)]], np.int32)
+    index = bytearray((tmp_path / "a.idx").read_bytes())
+    index[34:46] = np.array([5, -2, 9], "<i4").tobytes()
+    index[46:70] = np.array([0, 20, 12], "<i8").tobytes()
+    (tmp_path / "a.idx").write_bytes(index)
+    with pytest.raises(UserError, match="lengths and pointers disagree"):
+        IndexedDataset(tmp_path / "a")
+
+
+def check_damaged_index(folder: Path, documents: list[np.ndarray], damaged: bytes) -> None:
+    """A dataset with this index is refused or reads right, with and without the checksums of a sidecar."""
     original = (folder / "checked.idx").read_bytes()
-    damaged = _apply(original, damage)
     for name in ("checked", "plain"):
         target = folder / f"damaged-{name}"
         for part in ("bin", "json"):

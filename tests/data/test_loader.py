@@ -95,6 +95,12 @@ def test_the_ranks_of_any_layout_together_get_the_batch_of_one(datasets, dp_size
     assert all(rank.state_dict() == alone.state_dict() for rank in ranks)
 
 
+def test_a_target_outside_the_vocabulary_is_refused(tmp_path):
+    dataset = write_dataset(tmp_path / "x", [np.array([1, 2, 3])])
+    with pytest.raises(UserError, match=r"x: document 0 holds token id 3, outside .* 3 entries"):
+        TrainingStream([PackedDocuments(dataset, 0, 1, 1)], [1], 3, 1).next_batch(1, 2, 1, 0, 1)
+
+
 def test_a_batch_that_the_layout_does_not_divide_is_refused(datasets):
     with pytest.raises(UserError, match="12 is not divisible by micro-batch size 2 x data-parallel size 4"):
         make_stream(datasets, {"a": 1}).next_batch(12, 8, 2, 0, 4)
@@ -141,9 +147,11 @@ def test_the_blend_is_exact_through_batches_and_changes_of_weight(datasets):
         for i, weight in enumerate((3, 2, 2)):
             assert abs(drawn[:n].count(i) - n * weight / 7) < 1
     stream = resumed(stream, datasets, {"a": 1, "b": 0, "c": 1})
-    changed = np.concatenate([stream.plan_batch(size, 10)[0] for size in (1, 4, 3)])
-    assert 1 not in changed
-    assert all(abs((changed[:n] == 0).sum() - n / 2) < 1 for n in range(1, 9))
+    for weights in ((1, 0, 1), (5, 0, 1)):
+        stream = resumed(stream, datasets, dict(zip("abc", weights)))
+        changed = np.concatenate([stream.plan_batch(size, 10)[0] for size in (1, 4, 33)])
+        assert 1 not in changed
+        assert all(abs((changed[:n] == 0).sum() - n * weights[0] / sum(weights)) < 1 for n in range(1, 39))
 
 
 def test_moved_and_reordered_datasets_go_on(datasets, tmp_path):
@@ -160,8 +168,11 @@ def test_a_dataset_that_returns_goes_on_where_it_stood(datasets):
     first = stream.next_batch(4, 10, 1, 0, 1)
     stream = resumed(stream, datasets, {"b": 1})
     second = stream.next_batch(4, 10, 1, 0, 1)
+    stream = resumed(stream, datasets, {"b": 1})
+    assert [row["sequences_at_weights"] for row in stream.state_dict()["sources"]] == [4, 0]
     stream = resumed(stream, datasets, {"a": 1, "b": 1})
     third = stream.next_batch(4, 10, 1, 0, 1)
+    assert [row["sequences_at_weights"] for row in resumed(stream, datasets, {"a": 1, "b": 1}).state_dict()["sources"]] == [2, 2]
     for name, tokens in tokens_by_source([first, second, third]).items():
         assert is_stream_prefix(tokens, datasets[name])
 

@@ -71,6 +71,13 @@ def test_the_end_of_an_epoch_is_the_end_of_a_document(tmp_path):
     assert documents.tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 2]
 
 
+def test_datasets_of_one_size_differ_in_order(packed, tmp_path):
+    """Two halves of a parallel corpus must not come in step."""
+    other = write_dataset(tmp_path / "b", numbered_documents(LENGTHS, first_id=1000))
+    other = PackedDocuments(other, 0, len(LENGTHS), seed=1)
+    assert other.spans(0, 124).documents.tolist() != packed.spans(0, 124).documents.tolist()
+
+
 def test_only_the_documents_of_the_split_are_given(tmp_path):
     packed = PackedDocuments(write_dataset(tmp_path / "a", numbered_documents(LENGTHS)), 3, 8, seed=1)
     assert sorted(packed.read(0, packed.tokens_per_epoch, 1000).tokens) == list(range(6, 55))
