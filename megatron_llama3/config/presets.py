@@ -16,7 +16,7 @@ _SMALL = {**_LONG, "rope_scaling_factor": 32.0, "untie_embeddings_and_output_wei
 _8B, _70B, _405B = (32, 4096, 14_336, 32), (80, 8192, 28_672, 64), (126, 16_384, 53_248, 128)
 
 PRESETS: dict[str, dict] = {
-    "tiny": {},  # the dataclass defaults, 5.4M parameters: a model for tests
+    "tiny": {},  # the dataclass defaults, 7.3M parameters: a model for tests
     "quickstart": {"num_layers": 8},  # tiny, twice as deep: what a CPU trains in minutes
     "llama3-8b": _llama(*_8B),
     "llama3-70b": _llama(*_70B),
