@@ -19,7 +19,7 @@ from megatron_llama3.config.model import ModelConfig
 BLOCK_BYTES = 16 << 20
 
 # A read-only mapping gives a read-only tensor; torch warns once about it, and nothing here writes to one.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
+warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class LazyTensor:
 class WeightSource:
     """A model on disk: its config, its weights under our names and in our row order, and what travels with it.
 
-    `assets` are tokenizer files, `generation` the content of generation_config.json (token ids, sampling defaults).
+    `assets` are tokenizer files (name: content), `generation` the content of generation_config.json (token ids, sampling defaults).
     """
 
     model: ModelConfig
     weights: dict[str, LazyTensor]
-    assets: list[Path] = field(default_factory=list)
+    assets: dict[str, bytes] = field(default_factory=dict)
     generation: dict = field(default_factory=dict)
     chat_template: str | None = None
 

@@ -61,7 +61,7 @@ def open_native(path: str | Path) -> WeightSource:
     return WeightSource(
         config.model,
         {name: tensors[name] for name in shapes},
-        tokenizer_assets(kept) if kept.is_dir() else [],
+        tokenizer_assets(kept) if kept.is_dir() else {},
         json.loads(generation.read_bytes()) if generation.is_file() else {},
     )
 

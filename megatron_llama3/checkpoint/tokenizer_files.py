@@ -1,7 +1,6 @@
 """The files that travel with the weights: tokenizer, chat template, generation config."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -19,15 +18,15 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # they travel in g
 _HF_FORM, _META_FORM = "tokenizer.json", "tokenizer.model"
 
 
-def tokenizer_assets(path: Path) -> list[Path]:
-    """The tokenizer files in a folder, or the one file given. Raises UserError if it is not there."""
+def tokenizer_assets(path: Path) -> dict[str, bytes]:
+    """Name and content of the tokenizer files in a folder, or of the one file given. Raises UserError if it is not there."""
     if path.is_dir():
-        return [path / name for name in _FILES if (path / name).is_file()]
+        return {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file or folder")
     if path.name not in _FILES:
         raise UserError(f"{path}: a tokenizer is a tokenizer.model, a tokenizer.json or a folder with one")
-    return [path]
+    return {path.name: path.read_bytes()}
 
 
 def with_tokenizer(source: WeightSource, path: str | Path | None, chat_template: str | None = None) -> WeightSource:
@@ -41,22 +40,22 @@ def with_tokenizer(source: WeightSource, path: str | Path | None, chat_template:
 
 
 def write_tokenizer(source: WeightSource, folder: Path, form: Literal["huggingface", "meta", "any"]) -> dict:
-    """Copies the tokenizer files into `folder` and adds the form asked for where Llama 3's tokenizer is there only in the other.
+    """Writes the tokenizer files into `folder` and adds the form asked for where Llama 3's tokenizer is there only in the other.
 
     Returns the generation config: the source's own, else the token ids of the tokenizer.
     """
-    files = {path.name: path for path in source.assets}
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
+    files = set(source.assets)
+    for name, content in source.assets.items():
+        (folder / name).write_bytes(content)
     if source.chat_template:
         (folder / "chat_template.jinja").write_text(source.chat_template)
     generation = dict(source.generation)
-    tokenizer = _llama3_tokenizer(files, required=form == "huggingface" and _HF_FORM not in files)
+    tokenizer = _llama3_tokenizer(folder, files, required=form == "huggingface" and _HF_FORM not in files)
     if tokenizer is None:
         return generation
     if tokenizer.vocab_size > source.model.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocabulary {source.model.vocab_size}")
-    if form == "huggingface" and not {_HF_FORM, "tokenizer_config.json"} <= set(files):
+    if form == "huggingface" and not {_HF_FORM, "tokenizer_config.json"} <= files:
         tokenizer.save_huggingface(folder)
     if form == "meta" and _META_FORM not in files:
         write_tiktoken(folder / _META_FORM, tokenizer.ranks)
@@ -65,9 +64,9 @@ def write_tokenizer(source: WeightSource, folder: Path, form: Literal["huggingfa
     return generation
 
 
-def _llama3_tokenizer(files: dict[str, Path], required: bool) -> Tokenizer | None:
+def _llama3_tokenizer(folder: Path, files: set[str], required: bool) -> Tokenizer | None:
     """The tokenizer among the files, None if there is none or it is of another kind and not `required` in another form."""
-    found = [files[name] for name in (_META_FORM, _HF_FORM) if name in files]
+    found = [folder / name for name in (_META_FORM, _HF_FORM) if name in files]
     if not found:
         return None
     try:
