@@ -4,10 +4,12 @@ Bounds: losses over 20 steps within 1e-6 and first gradients within 1e-5 of thei
 the steps within 1e-8. In bf16 the error against fp32 is at most twice that of one bf16 process.
 """
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -22,56 +24,77 @@ from megatron_llama3.training.engine import Engine
 
 @dataclass
 class Trace:
-    """What a run left: losses and gradient norms of each step, whole gradients of the first step, whole weights after the last."""
+    """What a run left: losses and gradient norms of each step, whole gradients of the first step, whole weights after the last.
+
+    `copies` is how far two ranks' copies of one tensor lie apart at most (replicated weights, the second tied embedding), relative.
+    """
 
     losses: list[float]
     norms: list[float]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+    copies: float = 0.0
 
 
 @dataclass
 class Difference:
-    """The largest deviation of each kind: loss relative, gradient and weight relative to their tensor's norm."""
+    """The largest deviation of each kind: losses and norms relative, gradients and weights relative to their tensor's norm.
+
+    `all_gradients` is the norm of all gradients' error together over the norm of all gradients. What is not finite counts as infinite.
+    """
 
     loss: float
     norm: float
     gradient: float
+    all_gradients: float
     weight: float
+    copies: float
     worst_gradient: str
 
 
 def compare(trace: Trace, reference: Trace) -> Difference:
-    def relative(a: float, b: float) -> float:
-        return abs(a - b) / max(abs(b), 1e-30)
-
     def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
-        assert ours.keys() == theirs.keys(), f"tensors differ: {sorted(ours.keys() ^ theirs.keys())}"
-        return max((_relative_error(ours[n].double(), theirs[n].double()), n) for n in theirs)
+        if ours.keys() != theirs.keys():
+            raise AssertionError(f"one run lacks these tensors: {sorted(ours.keys() ^ theirs.keys())}")
+        return max((_relative_error(ours[n], theirs[n]), n) for n in theirs)
 
     gradient, name = worst(trace.gradients, reference.gradients)
+    ours, theirs = (torch.cat([t.gradients[n].double().flatten() for n in sorted(t.gradients)]) for t in (trace, reference))
     return Difference(
-        loss=max(map(relative, trace.losses, reference.losses)),
-        norm=max(map(relative, trace.norms, reference.norms)),
+        loss=max(map(_relative, trace.losses, reference.losses)),
+        norm=max(map(_relative, trace.norms, reference.norms)),
         gradient=gradient,
+        all_gradients=_relative_error(ours, theirs),
         weight=worst(trace.weights, reference.weights)[0],
+        copies=trace.copies,
         worst_gradient=name,
     )
 
 
+def _relative(a: float, b: float) -> float:
+    return _finite(abs(a - b) / max(abs(b), 1e-30))
+
+
 def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
+    ours, theirs = ours.double(), theirs.double()
+    return _finite(((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item())
+
+
+def _finite(x: float) -> float:
+    """NaN compares false with everything, so that `max` would lose it."""
+    return x if math.isfinite(x) else math.inf
 
 
 def train_under(config: RunConfig, steps: int, trainable=lambda name: True, before=lambda: None) -> Trace:
     """The trace of `config` on as many forked ranks as its layout has. `before()` runs on each rank first (planted faults)."""
     results = run_ranks(config.parallel.world_size, train_rank, config, steps, trainable, before)
-    first = results[0]
-    gradients, weights = {}, {}
+    whole = Trace(results[0].losses, results[0].norms, {}, {})
     for result in results:
-        gradients |= result.gradients
-        weights |= result.weights
-    return Trace(first.losses, first.norms, gradients, weights)
+        for mine, theirs in ((whole.gradients, result.gradients), (whole.weights, result.weights)):
+            apart = [_relative_error(theirs[n], mine[n]) for n in theirs.keys() & mine.keys()]
+            whole.copies = max([whole.copies, *apart])
+            mine |= theirs
+    return whole
 
 
 def one_process(config: RunConfig) -> RunConfig:
@@ -95,13 +118,21 @@ def train_rank(config: RunConfig, steps: int, trainable, before) -> Trace:
         engine.optimizer_step(config.optimizer.lr)
     state = engine.state_tensors(with_optimizer=False)
     weights = {n.removeprefix("model."): _whole(t) for n, t in state.items()}
-    keep = engine.tp.rank == 0 and groups.at.dp == 0 and groups.at.cp == 0
-    return Trace(losses, norms, gradients if keep else {}, weights if keep else {})
+    return Trace(losses, norms, _kept(gradients, engine), _kept(weights, engine))
+
+
+def _kept(tensors: dict[str, Tensor], engine: Engine) -> dict[str, Tensor]:
+    """Of the DP and CP ranks the first hands in its tensors; of the TP ranks the first, and the others what they hold a copy of."""
+    at = engine.groups.at
+    if at.dp or at.cp:
+        return {}
+    return {n: t for n, t in tensors.items() if at.tp == 0 or engine.weight(n).split_dim_at(engine.tp.size) is None}
 
 
 def whole_gradients(engine: Engine) -> dict[str, Tensor]:
     """Each weight's summed gradient as one tensor (collective)."""
-    return {name: _whole(p.grad) for name, p in engine.named_parameters() if p.grad is not None}
+    gradients = {name: engine.gradient_of(name) for name, _ in engine.named_weights()}
+    return {name: _whole(gradient) for name, gradient in gradients.items() if gradient is not None}
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -110,23 +141,27 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def synthetic_batch(config: RunConfig, step: int, dp_rank: int, dp_size: int) -> Batch:
     """This rank's part of a global batch that depends on (seed, step) alone: packed documents of random lengths, targets that do not
-    count at borders and at random, more of them the later the sequence, and none at all in the last one."""
+    count at borders and at random, more of them the later the sequence, none at all in the last one, and every fourth step only those of
+    the first, so that all DP ranks but one have nothing to learn from."""
     rng = np.random.default_rng([config.training.seed, step])
     g, b, s = config.training.global_batch_size, config.training.micro_batch_size, config.data.seq_length
     stream = rng.integers(0, config.model.vocab_size, (g, s + 1))
     new_document = rng.random((g, s)) < 4 / s
     new_document[:, 0] = False
     document_ids = new_document.cumsum(1).astype(np.int32)
+    position_ids = np.broadcast_to(np.arange(s), (g, s))
+    if config.data.reset_position_ids:
+        position_ids = position_ids - np.maximum.accumulate(np.where(new_document, position_ids, 0), axis=1)
     mask = rng.random((g, s)) > np.linspace(0, 0.7, g)[:, None]
     mask[:, :-1] &= ~new_document[:, 1:]
     if g > 1:
-        mask[-1] = False
+        mask[1 if step % 4 == 1 else -1 :] = False
     arrays = Batch(
         tokens=stream[:, :-1],
         targets=stream[:, 1:],
         loss_mask=mask,
         document_ids=document_ids,
-        position_ids=np.broadcast_to(np.arange(s), (g, s)),
+        position_ids=position_ids,
     )
     return Batch(*(a.reshape(g // (b * dp_size), dp_size, b, s)[:, dp_rank] for a in arrays))
 

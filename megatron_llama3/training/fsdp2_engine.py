@@ -83,6 +83,8 @@ class Fsdp2Engine(Engine):
 
     @torch.no_grad()
     def optimizer_step(self, lr: float) -> None:
+        if self.optimizer is None:
+            return
         for name, gradient in self._gradients().items():
             self.locals[name].grad = gradient
         for group in self.optimizer.param_groups:
@@ -103,7 +105,7 @@ class Fsdp2Engine(Engine):
         return state
 
     def state_loaded(self, step: int, with_optimizer: bool = True) -> None:
-        if with_optimizer:
+        if with_optimizer and self.optimizer is not None:
             for state in self.optimizer.state.values():
                 state["step"].fill_(step)
 
@@ -141,7 +143,10 @@ class Fsdp2Engine(Engine):
             module.set_gradient_divide_factor(1.0)  # gradients are summed: the loss is divided by the global token count already
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
-    def _make_optimizer(self) -> torch.optim.AdamW:
+    def _make_optimizer(self) -> torch.optim.AdamW | None:
+        """None where every weight of this rank is frozen: torch refuses an optimizer of nothing."""
+        if not self.locals:
+            return None
         o = self.config.optimizer
         decayed = [t for name, t in self.locals.items() if not self.weight(name).is_norm]
         others = [t for name, t in self.locals.items() if self.weight(name).is_norm]
