@@ -26,7 +26,7 @@ def describe(config: RunConfig) -> str:
 
 
 def _line(title: str, text: str) -> str:
-    return f"{title:<10}{text}"
+    return f"{title:<11}{text}"
 
 
 def _model(config: RunConfig) -> list[str]:
@@ -46,12 +46,18 @@ def _model(config: RunConfig) -> list[str]:
 
 def _layout(config: RunConfig) -> list[str]:
     p, o = config.parallel, config.optimizer
-    degrees = f"TP {p.tensor_model_parallel_size} x CP {p.context_parallel_size} x PP {p.pipeline_model_parallel_size} x DP {p.data_parallel_size}"
+    sizes = {
+        "TP": p.tensor_model_parallel_size,
+        "CP": p.context_parallel_size,
+        "PP": p.pipeline_model_parallel_size,
+        "DP": p.data_parallel_size,
+    }
+    degrees = " x ".join(f"{name} {size:,}" for name, size in sizes.items())
     engine = p.engine if p.engine == "fsdp" else f"deepspeed ZeRO-{p.zero_stage}" + ", optimizer on the CPU" * p.optimizer_cpu_offload
     recompute = {None: "no recomputation", "selective": "core attention recomputed"}.get(p.recompute_granularity)
     recompute = recompute or f"layers recomputed ({p.recompute_method} {p.recompute_num_layers})"
     parts = [
-        f"{p.world_size:,} ranks = {degrees}",
+        f"{p.world_size:,} rank{'s' * (p.world_size > 1)} = {degrees}",
         "sequence parallel" if p.sequence_parallel else "",
         engine,
         f"{o.compute_dtype} with {o.main_dtype} master weights" if o.compute_dtype != o.main_dtype else o.compute_dtype,
