@@ -8,13 +8,13 @@ LLAMA3_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0
 
 @pytest.fixture(scope="session")
 def make_hf(tmp_path_factory):
-    """make_hf(dtype=..., tied=..., scaled=..., max_shard_size=..., **config fields) -> folder with random weights."""
+    """make_hf(dtype=..., tied=..., scaled=True or other numbers, max_shard_size=..., **config fields) -> folder with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(dtype=torch.float32, tied=False, scaled=False, max_shard_size="5GB", seed=0, **fields):
         rope = {"rope_theta": 500_000.0, "rope_type": "default"}
         if scaled:
-            rope |= {"rope_type": "llama3", **LLAMA3_SCALING}
+            rope |= {"rope_type": "llama3", **LLAMA3_SCALING, **(scaled if isinstance(scaled, dict) else {})}
         shape = {"vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
         shape |= {"intermediate_size": 80, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, **fields}
         torch.manual_seed(seed)
