@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.data.sidecar import UNKNOWN_ORIGIN, BlockChecksums, checksum_file, sidecar_bytes, write_origins_header
+from megatron_llama3.data.sidecar import UNKNOWN_ORIGIN, BlockChecksums, checksum_file, describe_damage, sidecar_bytes, write_origins_header
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
@@ -136,11 +136,19 @@ class IndexedDatasetWriter:
         self._open_length = 0
 
     def add_dataset(self, dataset: Any, first_source: int = 0) -> None:
-        """Appends a whole `IndexedDataset`, sequence borders kept; `first_source` is added to the source numbers of its origins."""
+        """Appends a whole `IndexedDataset`, sequence borders kept; `first_source` is added to the source numbers of its origins.
+
+        Raises UserError for another dtype, and where the tokens read differ from the dataset's checksums.
+        """
         if dataset.dtype != self.dtype:
             raise UserError(f"{dataset.prefix}.bin holds {dataset.dtype}, {self.prefix}.bin {self.dtype}: made with other vocabularies?")
+        read = BlockChecksums()
         for start in range(0, dataset.num_tokens, 4 * _CHUNK):
-            self._write_tokens(dataset.tokens(start, min(4 * _CHUNK, dataset.num_tokens - start)))
+            tokens = dataset.tokens(start, min(4 * _CHUNK, dataset.num_tokens - start))
+            read.update(tokens.view(np.uint8))
+            self._write_tokens(tokens)
+        if dataset.sidecar and (damage := describe_damage(dataset.bin_path, dataset.sidecar["files"]["bin"], read.as_dict())):
+            raise UserError(f"{damage}; make that dataset again")
         no_border, first_sequence = np.empty(0, np.int64), self.num_sequences
         for start in range(0, dataset.num_sequences, _CHUNK):
             self._add_sequences(dataset.sequence_lengths[start : start + _CHUNK], no_border, None)
