@@ -1,0 +1,155 @@
+"""The pretraining recipe end to end on forked ranks, and once through torchrun with bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_llama3.config.command_line import parse_run_config
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
+from megatron_llama3.planning.local_ranks import RankFailedError, run_ranks
+from megatron_llama3.recipes.pretrain import pretrain
+from megatron_llama3.training import loop
+
+VOCABULARY = 101
+MODEL = (
+    "--num-layers 2 --hidden-size 24 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --vocab-size 101 "
+    "--seq-length 16 --global-batch-size 4 --lr 1e-3 --lr-decay-iters 8 --eval-interval 4 --eval-iters 1"
+)
+TWO_BY_TWO = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    prefix = tmp_path_factory.mktemp("data") / "corpus"
+    rng = np.random.default_rng(0)
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for length in rng.integers(5, 60, 80):
+            writer.add_document(rng.integers(0, VOCABULARY, length))
+        writer.finalize()
+    return str(prefix)
+
+
+def run(flags: str, world_size: int = 1, before=lambda: None) -> None:
+    run_ranks(world_size, _rank, flags, before)
+
+
+def _rank(flags: str, before) -> None:
+    before()
+    pretrain(parse_run_config(flags.split()))
+
+
+def metrics(folder: Path, key: str = "loss") -> dict[int, float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {r["iteration"]: r[key] for r in records if key in r}
+
+
+def latest(folder: Path) -> str:
+    return (folder / "latest_checkpointed_iteration.txt").read_text()
+
+
+def test_a_run_goes_on_under_another_layout(data, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(f"{MODEL} --data-path {data} --train-iters 8 --save {whole}")
+    flags = f"{MODEL} --data-path {data} --save {parts} --load {parts}"
+    run(f"{flags} --train-iters 5 --save-interval 2")
+    run(f"{flags} --train-iters 8 {TWO_BY_TWO}", 4)
+    assert latest(parts) == "8"
+    assert metrics(parts) == pytest.approx(metrics(whole), rel=1e-6)
+    validation = metrics(parts, "validation_loss")
+    assert validation.pop(5)  # the end of the first part
+    assert validation == pytest.approx(metrics(whole, "validation_loss"), rel=1e-6)
+    assert {p.name for p in parts.glob("iter_*")} == {"iter_0000002", "iter_0000004", "iter_0000005", "iter_0000008"}
+
+
+def test_what_may_differ_from_the_checkpoint(data, tmp_path):
+    first = tmp_path / "first"
+    base = f"{MODEL} --data-path {data} --save {first}"
+    run(f"{base} --train-iters 2")
+    resume = f"{base} --load {first} --train-iters 3"
+    for change, message in [
+        ("--lr 2e-3", "--lr is 0.002 here and 0.001 in .* add --override-opt-param-scheduler"),
+        ("--num-layers 3", "--num-layers is 3 here and 2 in .* must match"),
+        ("--seq-length 8", "--seq-length is 8 here and 16 in .* add --override-data"),
+        ("--finetune --hidden-size 48", "--hidden-size is 48 here and 24 in .* must match"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            pretrain(parse_run_config(f"{resume} {change}".split()))
+    run(f"{resume} --lr 2e-3 --override-opt-param-scheduler --seq-length 8 --override-data")
+    assert latest(first) == "3"
+    second = tmp_path / "second"
+    run(f"{MODEL} --data-path {data} --save {second} --load {first} --finetune --train-iters 1 --seq-length 8")
+    assert latest(second) == "1"
+    assert metrics(second)[1] < metrics(first)[1]  # it starts from trained weights
+
+
+def test_load_from_an_empty_folder(data, tmp_path):
+    flags = f"{MODEL} --data-path {data} --train-iters 1 --load {tmp_path} --save {tmp_path / 'other'}"
+    with pytest.raises(UserError, match="no native checkpoint"):
+        pretrain(parse_run_config(flags.split()))
+
+
+def test_exit_interval(data, tmp_path):
+    run(f"{MODEL} --data-path {data} --train-iters 8 --exit-interval 3 --save {tmp_path}")
+    assert latest(tmp_path) == "3"
+
+
+def test_exit_duration(data, tmp_path):
+    clock = iter([0.0, 30.0, 61.0])
+
+    def make_minutes_fly() -> None:
+        class Clock:
+            monotonic = staticmethod(lambda: next(clock))
+
+        loop.time = Clock
+
+    run(f"{MODEL} --data-path {data} --train-iters 8 --exit-duration-in-mins 1 --save {tmp_path}", before=make_minutes_fly)
+    assert latest(tmp_path) == "2"
+
+
+def test_sigterm_on_one_rank_saves_and_stops_all(data, tmp_path):
+    def terminate_rank_3_in_its_second_step() -> None:
+        step, calls = loop.train_step, []
+
+        def signalled(*args):
+            calls.append(1)
+            if len(calls) == 2 and os.environ["RANK"] == "3":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args)
+
+        loop.train_step = signalled
+
+    flags = f"{MODEL} --data-path {data} --train-iters 8 --exit-signal-handler --save {tmp_path} {TWO_BY_TWO}"
+    run(flags, 4, terminate_rank_3_in_its_second_step)
+    assert latest(tmp_path) == "2"
+
+
+def test_non_finite_loss_is_an_error(data, tmp_path):
+    with pytest.raises(RankFailedError, match=r"UserError: iteration 2: loss .*gradient norm nan"):
+        run(f"{MODEL} --data-path {data} --train-iters 8 --lr 1e30 --clip-grad 0")
+
+
+@pytest.mark.slow
+def test_bad_input_under_torchrun_ends_every_process(tmp_path):
+    prefix = tmp_path / "bad"
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_document(np.full(5000, VOCABULARY))
+        writer.finalize()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "megatron_llama3.recipes.pretrain"]
+    command += f"{MODEL} {TWO_BY_TWO} --data-path {prefix} --split 1,0,0 --train-iters 2".split()
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines
+    assert "bad" in lines[0]
+    assert "101" in lines[0]
+    ranks = subprocess.run(["pgrep", "-f", str(prefix)], capture_output=True, text=True).stdout.split()
+    assert not ranks, f"still there after {time.monotonic() - started:.0f} s"
