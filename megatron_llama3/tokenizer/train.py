@@ -1,4 +1,4 @@
-"""Training a byte-level BPE vocabulary with Llama 3's split pattern, and extending one (paper 3.2: 28K tokens for other languages on top of 100K).
+"""Training a byte-level BPE vocabulary with Llama 3's split pattern, and extending one (paper 3.2: 28K tokens on top of 100K).
 
 `train` gives ranks from text; `extend` keeps a base vocabulary's ids and learns more tokens, merging from where the base's merges end.
 """
@@ -17,7 +17,7 @@ _FIRST_STAND_IN = 0x20000
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of exactly `vocab_size` entries, the 256 special tokens included. Raises UserError where the text is too small for that."""
+    """A tokenizer of exactly `vocab_size` entries, the 256 special tokens included. Raises UserError where the text is too small."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
@@ -32,7 +32,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     to_byte = {char: byte for byte, char in byte_to_unicode().items()}
     ranks = {bytes(to_byte[char] for char in token): rank for token, rank in model.get_vocab().items()}
     if len(ranks) < n_bpe:
-        raise UserError(f"--vocab-size {vocab_size}: the text yields only {len(ranks) + NUM_SPECIAL_TOKENS} entries; give more text or a smaller size")
+        found = len(ranks) + NUM_SPECIAL_TOKENS
+        raise UserError(f"--vocab-size {vocab_size}: the text yields only {found} entries; give more text or a smaller size")
     return Tokenizer(ranks)
 
 

@@ -1,0 +1,200 @@
+"""The folder of a preprocessing job: its lock, its description, its shards; and their assembly into the final datasets.
+
+PREFIX.preprocess/job.json says what the job is: a later run continues it only if it is the same. Shards are found again by their .json
+and trusted by their checksums, so neither a kill nor a power cut leaves anything that looks whole and is not.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.data.indexed_dataset import IndexedDatasetWriter
+from megatron_llama3.data.preprocess_inputs import Source, Unit
+from megatron_llama3.data.preprocess_worker import ShardSpec, ShardStats
+from megatron_llama3.tokenizer.vocabulary_files import write_whole
+
+_ASSEMBLY_BYTES = 16 << 20
+
+
+class JobFolder:
+    """PREFIX.preprocess, locked for as long as this object (or its process) lives."""
+
+    def __init__(self, prefix: str):
+        self.path = Path(f"{prefix}.preprocess")
+        self._lock = self._locked_folder()
+
+    def _locked_folder(self) -> int:
+        while True:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.path, os.O_RDONLY)
+            except OSError as error:
+                raise UserError(f"--output-prefix: cannot make {self.path}: {error.strerror}") from None
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise UserError(f"{self.path}: another run is writing this output; wait for it, or change --output-prefix") from None
+            # A run that ends removes its folder: make sure that the one locked is the one there now.
+            if self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(descriptor)):
+                return descriptor
+            os.close(descriptor)
+
+    def release_in_child(self) -> None:
+        """For a forked worker: the lock must end with the parent alone."""
+        os.close(self._lock)
+
+    def open_job(self, description: dict, unit_bytes: int) -> int:
+        """Starts or continues the job; returns the size of its units. Raises UserError where another, unfinished job is here."""
+        file = self.path / "job.json"
+        if file.exists():
+            known = json.loads(file.read_bytes())
+            if known["description"] == description:
+                return known["unit_bytes"]
+            differing = [key for key in description if known["description"].get(key) != description[key]]
+            raise UserError(
+                f"{self.path} holds an unfinished job with another {' and '.join(differing)}; run that command again, or remove the folder"
+            )
+        write_whole(file, json.dumps({"description": description, "unit_bytes": unit_bytes}).encode())
+        return unit_bytes
+
+    def stats(self, number: int) -> ShardStats:
+        return ShardStats(**json.loads((self.path / f"{number:06d}.json").read_bytes()))
+
+    def has_shard(self, number: int, unit: Unit) -> bool:
+        """Whether shard `number` is there and whole. Raises UserError if it was made from other standard input."""
+        try:
+            stats = self.stats(number)
+        except (OSError, ValueError, TypeError):
+            return False
+        if stats.input_crc != unit.input_crc:
+            raise UserError(f"--input -: not what the interrupted run was given (part {number} differs); remove {self.path} to start over")
+        return all(_bytes_and_crc(self.path / name) == expected for name, expected in stats.files.items())
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _bytes_and_crc(path: Path) -> list[int]:
+    size = crc = 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while chunk := file.read(4 << 20):
+                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    except FileNotFoundError:
+        return [-1, 0]
+    return [size, crc]
+
+
+@dataclass
+class Summary:
+    """Totals of a job, over its keys."""
+
+    documents: int = 0
+    tokens: int = 0
+    characters: int = 0
+    longest: int = 0
+    rejected: int = 0
+
+
+class Assembler:
+    """Appends shards, in order, to the datasets and to the report of rejected records. Leaving its `with` discards what is unfinished."""
+
+    def __init__(self, folder: JobFolder, prefix: str, spec: ShardSpec, sources: list[Source]):
+        self._folder, self._spec, self._sources = folder, spec, sources
+        self.outputs = [f"{prefix}_{key}_document" for key in spec.keys]
+        self._writers = [IndexedDatasetWriter(output, np.dtype(spec.dtype)) for output in self.outputs]
+        self.report_path = Path(f"{prefix}.rejected.jsonl")
+        self._report = open(folder.path / "rejected.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self._lines_before: dict[int, int] = {}
+        self.summary = Summary()
+
+    def __enter__(self) -> "Assembler":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for writer in self._writers:
+            writer.abort()
+
+    def append(self, number: int, unit: Unit) -> None:
+        stats = self._folder.stats(number)
+        for i, writer in enumerate(self._writers):
+            self._append_key(writer, self._folder.path / f"{number:06d}.{i}")
+        for source, row, byte, reason in stats.rejected:
+            self._reject(source, unit, row, byte, reason)
+        for source, lines in stats.lines:
+            if source in self._lines_before or self._start_in(source, unit) == 0:
+                self._lines_before[source] = self._lines_before.get(source, 0) + lines
+        total = self.summary
+        total.documents += stats.documents
+        total.tokens += stats.tokens
+        total.characters += stats.characters
+        total.longest = max(total.longest, stats.longest)
+        total.rejected += len(stats.rejected)
+
+    def _append_key(self, writer: IndexedDatasetWriter, path: Path) -> None:
+        docs = np.fromfile(f"{path}.docs", np.int64).reshape(-1, 4)
+        with open(f"{path}.bin", "rb", buffering=0) as file:
+            for first, last in _runs(docs[:, 0], _ASSEMBLY_BYTES // writer.dtype.itemsize):
+                count = int(docs[first:last, 0].sum())
+                if last - first > 1 or count * writer.dtype.itemsize <= _ASSEMBLY_BYTES:
+                    ids = np.fromfile(file, writer.dtype, count)
+                    writer.add_documents(ids, docs[first:last, 0], docs[first:last, 1:])
+                    continue
+                while count:
+                    ids = np.fromfile(file, writer.dtype, min(count, _ASSEMBLY_BYTES // writer.dtype.itemsize))
+                    writer.append_tokens(ids)
+                    count -= len(ids)
+                writer.end_document(tuple(map(int, docs[first, 1:])))
+
+    def _start_in(self, source: int, unit: Unit) -> int:
+        return next(piece.start for piece in unit.pieces if piece.source == source)
+
+    def _reject(self, source: int, unit: Unit, row: int, byte: int, reason: str) -> None:
+        path, kind = self._sources[source].path, self._sources[source].kind
+        if kind == "jsonl" and source not in self._lines_before:
+            start = self._start_in(source, unit)
+            self._lines_before[source] = count_lines(path, start) if start else 0
+        place = {"row": row} if kind == "parquet" else {"line": self._lines_before.get(source, 0) + row + 1, "byte": byte}
+        self._report.write(json.dumps({"file": path, **place, "reason": reason}) + "\n")
+
+    def finalize(self, metadata: dict) -> None:
+        """Syncs everything and gives it its final names."""
+        self._report.close()
+        if self.summary.rejected:
+            shutil.copyfile(self._report.name, f"{self._report.name}.whole")
+            os.replace(f"{self._report.name}.whole", self.report_path)
+        else:
+            self.report_path.unlink(missing_ok=True)
+        sources = [{"path": source.path, "unit": "rows" if source.kind == "parquet" else "bytes"} for source in self._sources]
+        for writer in self._writers:
+            writer.finalize(metadata, sources)
+
+
+def _runs(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Consecutive documents of at most `most` tokens together, or one alone that has more."""
+    ends = np.cumsum(lengths)
+    first, before = 0, 0
+    while first < len(lengths):
+        last = max(int(np.searchsorted(ends, before + most, "right")), first + 1)
+        yield first, last
+        first, before = last, int(ends[last - 1])
+
+
+def count_lines(path: str, end: int) -> int:
+    """Newlines in the first `end` bytes of a file."""
+    lines = 0
+    with open(path, "rb", buffering=0) as file:
+        while end > 0 and (chunk := file.read(min(end, 4 << 20))):
+            lines += chunk.count(b"\n")
+            end -= len(chunk)
+    return lines
