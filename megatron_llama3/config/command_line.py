@@ -25,7 +25,8 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(config_class: type[RunConfig] = RunConfig) -> argparse.ArgumentParser:
     """The parser of every field of `config_class`; nothing is set unless given."""
-    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=_OneLineHelp)
+    usage = "%(prog)s [--config FILE.yaml] [--model-name NAME] [flags]"
+    parser = _Parser(usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=_OneLineHelp)
     run = parser.add_argument_group("run")
     run.add_argument("--config", metavar="FILE.yaml", help="Config file, nested by group; flags override it.")
     run.add_argument("--model-name", choices=list(PRESETS), help="A named model size: sets every field of the model group.")
