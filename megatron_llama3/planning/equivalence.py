@@ -40,10 +40,12 @@ class Trace:
 class Difference:
     """The largest deviation of each kind: losses and norms relative, gradients and weights relative to their tensor's norm.
 
-    `all_gradients` is the norm of all gradients' error together over the norm of all gradients. What is not finite counts as infinite.
+    `loss_rms` is the root mean square over the steps instead of the largest, `all_gradients` the norm of all gradients' error together
+    over the norm of all gradients. What is not finite counts as infinite.
     """
 
     loss: float
+    loss_rms: float
     norm: float
     gradient: float
     all_gradients: float
@@ -60,8 +62,10 @@ def compare(trace: Trace, reference: Trace) -> Difference:
 
     gradient, name = worst(trace.gradients, reference.gradients)
     ours, theirs = (torch.cat([t.gradients[n].double().flatten() for n in sorted(t.gradients)]) for t in (trace, reference))
+    losses = [*map(_relative, trace.losses, reference.losses)]
     return Difference(
-        loss=max(map(_relative, trace.losses, reference.losses)),
+        loss=max(losses),
+        loss_rms=math.sqrt(sum(x * x for x in losses) / len(losses)),
         norm=max(map(_relative, trace.norms, reference.norms)),
         gradient=gradient,
         all_gradients=_relative_error(ours, theirs),

@@ -77,7 +77,7 @@ class Fsdp2Engine(Engine):
             square += torch.stack(torch._foreach_norm(counted)).double().square().sum()
         dist.all_reduce(square)
         norm = square.sqrt().item()
-        if 0 < max_norm < norm:
+        if gradients and 0 < max_norm < norm:
             torch._foreach_mul_(list(gradients.values()), max_norm / norm)
         return norm
 

@@ -115,3 +115,73 @@ def test_random_layouts():
     for row in [next(rows) for _ in range(4)]:
         print(name_of(row))
         check(row, dtypes_of(row)[0], steps=2)
+
+
+# What people run. The first rows of the sample would not do: few of them have several axes at once.
+BF16_ROWS: list[Row] = [
+    {**PLAIN, **row}
+    for row in (
+        {"tp": 2, "sp": True, "pp": 2, "v": 2, "dp": 2},
+        {"tp": 4, "kv_heads": 2, "tied": True},
+        {"cp": 2, "dp": 2, "recompute": "full-uniform-1"},
+        {"pp": 3, "schedule": "zero-bubble", "split": "embedding+loss", "dp": 2},
+        {"tp": 3, "sp": True, "pp": 2, "tied": True, "frozen": True},
+        {"tp": 2, "sp": True, "cp": 2, "pp": 2, "schedule": "zero-bubble", "v": 2, "micro_batch": 2},
+        {"pp": 2, "dp": 2, "micro_batch": 2},
+    )
+]
+BF16_ROWS += [{**row, "engine": "deepspeed-zero-1"} for row in BF16_ROWS[:2]] if DEEPSPEED else []
+BF16_ROWS += [{**PLAIN, "tp": 2, "sp": True, "dp": 2, "engine": f"deepspeed-zero-{stage}"} for stage in (2, 3)] if DEEPSPEED else []
+
+
+def check_bf16(row: Row, steps: int) -> None:
+    """The error against fp32 is at most twice that of one bf16 process."""
+    config = config_of(row, "bf16")
+    fp32 = reference(row, config_of(row, "fp32"), steps)
+    alone = compare(reference(row, config, steps), fp32)
+    found = compare(train_under(config, steps, trainable_of(row)), fp32)
+    for kind in ("loss_rms", "all_gradients", "gradient"):
+        ours, bound = getattr(found, kind), 2 * getattr(alone, kind)
+        assert ours <= bound, f"{name_of(row)} in bf16: {kind} {ours:.2e}, twice one process's is {bound:.2e}"
+    assert found.copies == 0
+    assert alone.all_gradients > 1e-3, "this is no bf16 run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [BF16_ROWS[0], BF16_ROWS[3], *BF16_ROWS[7:8]], ids=name_of)
+def test_bf16_sample(row):
+    check_bf16(row, steps=5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", BF16_ROWS, ids=name_of)
+def test_bf16(row):
+    check_bf16(row, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{}, {"dp": 2}, {"pp": 2, "schedule": "zero-bubble"}], ids=str)
+def test_bf16_error_does_not_grow_with_micro_batches(layout):
+    def trace(dtype: str, microbatches: int) -> Trace:
+        row = {**PLAIN, **layout}
+        config = config_of(row, dtype)
+        config.training.global_batch_size = 32 * row["dp"]
+        config.training.micro_batch_size = 32 // microbatches
+        return train_under(config if dtype == "bf16" else one_process(config), 1)
+
+    fp32 = trace("fp32", 32)
+    few, many = (compare(trace("bf16", m), fp32) for m in (1, 32))
+    assert many.all_gradients <= 1.1 * few.all_gradients
+    assert many.gradient <= 1.2 * few.gradient
+
+
+COMPILED: list[Row] = [
+    {**PLAIN, **row, "compile": True}
+    for row in ({"tp": 2, "sp": True, "recompute": "selective"}, {"pp": 2, "v": 2, "recompute": "full-uniform-1"}, {"cp": 2, "dp": 2})
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", COMPILED, ids=name_of)
+def test_compiled_blocks(row):
+    check(row, "fp64", steps=3)
