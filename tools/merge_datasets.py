@@ -66,13 +66,13 @@ def merge(prefixes: list[str], output_prefix: str) -> None:
 def common_metadata(datasets: list[IndexedDataset]) -> dict:
     """What the sidecars agree on. Raises UserError where the datasets came from different tokenizers."""
     notes = [(dataset.prefix, dataset.sidecar["metadata"]) for dataset in datasets if dataset.sidecar]
-    common = dict(notes[0][1]) if notes else {}
-    for prefix, metadata in notes[1:]:
-        for key in common.keys() & metadata.keys():
-            if key.startswith("tokenizer") and common[key] != metadata[key]:
-                raise UserError(f"{prefix} was made with {key} {metadata[key]}, {notes[0][0]} with {common[key]}; remake one of them")
-        common = {key: value for key, value in common.items() if metadata.get(key) == value}
-    return common
+    first_with: dict[str, tuple[str, object]] = {}
+    for prefix, metadata in notes:
+        for key, value in metadata.items():
+            first_prefix, first_value = first_with.setdefault(key, (prefix, value))
+            if key.startswith("tokenizer") and value != first_value:
+                raise UserError(f"{prefix} was made with {key} {value}, {first_prefix} with {first_value}; remake one of them")
+    return {key: value for key, (_, value) in first_with.items() if all(metadata.get(key) == value for _, metadata in notes)}
 
 
 if __name__ == "__main__":
