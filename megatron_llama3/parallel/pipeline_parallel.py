@@ -100,7 +100,7 @@ class PipelineExecutor:
         sends = []
         for action in self.actions:
             if action.kind.startswith("SEND"):
-                sends.append(self._send(action))
+                sends = [*(pair for pair in sends if not pair[0].is_completed()), self._send(action)]
             else:
                 self._COMMANDS[action.kind](self, action)
         for work, _tensor in sends:
@@ -127,8 +127,9 @@ class PipelineExecutor:
     def _forward(self, action: Action) -> None:
         key, x = (action.chunk, action.microbatch), None
         if action.chunk > 0:
-            x = self._arrived("RECV_F", action, self.outputs, action.chunk - 1).requires_grad_()
-            self.inputs[key] = x
+            x = self._arrived("RECV_F", action, self.outputs, action.chunk - 1)
+        if x is not None and torch.is_grad_enabled():
+            self.inputs[key] = x.requires_grad_()
         y = self.chunks[action.chunk](x, self.microbatches[action.microbatch])
         if action.chunk == self.last_chunk:
             y = self.on_loss(y, action.microbatch)
