@@ -1,0 +1,204 @@
+"""The DeepSpeed engine: ZeRO-1 with TP and PP, ZeRO-2 and 3 with TP, optimizer states on the CPU on request.
+
+DeepSpeed cuts optimizer states (and gradients, and weights), reduces gradients over DP x CP and runs Adam. The pipeline, the sums over TP
+and the embedding group, and the global norm are the project's own, as in the FSDP2 engine.
+"""
+
+import logging
+import math
+import os
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import replace
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.parallel.collectives import all_reduce
+from megatron_llama3.parallel.groups import ParallelGroups
+from megatron_llama3.training.deepspeed_parts import ModelParallelUnit, OwnedParts, deepspeed_settings
+from megatron_llama3.training.engine import Engine, Trainable
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("LOCAL_RANK", "0")  # a job of one process that no launcher started
+import deepspeed
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # all-reduce through shared memory: not used here, and g++ takes a minute
+warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedEngine(Engine):
+    def __init__(self, config: RunConfig, groups: ParallelGroups, trainable: Trainable = lambda name: True):
+        super().__init__(config, groups, trainable)
+        self.stage = config.parallel.zero_stage
+        self.weights = dict(self.named_weights())
+        self.trained = {name: p for name, p in self.weights.items() if p.requires_grad}
+        if not self.trained:
+            raise UserError(f"--engine deepspeed: all weights of pipeline rank {groups.at.pp} are frozen; use --engine fsdp")
+        self.partial = [n for n in self.trained if self.weight(n).gradient_is_partial(self.tp.size, self.tp.sequence_parallel)]
+        # DeepSpeed would make master weights from weights it has rounded to bf16.
+        masters = {n: p.detach().to("cpu", copy=True) for n, p in self.trained.items()} if config.optimizer.bf16 else {}
+        self.deepspeed = self._initialize()
+        self.parts = OwnedParts(self.deepspeed.optimizer, dist.get_rank(groups.dp_cp), self.stage)
+        self.parts.make_adam_state()
+        self.state_mesh = replace(groups, device=torch.device("cpu")).mesh()
+        self._handed_out: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        if masters:
+            self._write({f"model.{name}": master for name, master in masters.items()})
+
+    # --- around backward passes ---
+
+    def before_backward(self, chunk: int, is_last: bool) -> None:
+        """ZeRO-2 and 3 reduce after each backward pass (DeepSpeed's own hooks) and add up what they own; ZeRO-1 waits for the last."""
+        if self.stage > 1:
+            self.deepspeed.set_gradient_accumulation_boundary(is_last)
+
+    def after_weight_half(self, chunk: int, is_last: bool) -> None:
+        """Nothing: ZeRO-1 looks at gradients when the schedule is done."""
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        if self.stage == 1:
+            self._sum_gradients(self.partial, self.tp.group)
+            tied = not self.config.model.untie_embeddings_and_output_weights
+            if tied and self.groups.embedding is not None and self.groups.topology.pp > 1:
+                self._sum_gradients([n for n in self.trained if n == "tok_embeddings.weight"], self.groups.embedding)
+            self.deepspeed.allreduce_gradients()
+        elif self.stage == 3:  # which knows only the mean over data-parallel ranks
+            for _, gradient in self._owned_gradients().values():
+                gradient.mul_(self.groups.dp_cp.size())
+
+    def release_gathered_weights(self) -> None:
+        self.parts.release_weights()
+
+    # --- the verbs after it ---
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float) -> float:
+        gradients = {name: part for name, (_, part) in self._owned_gradients().items() if part.numel()}
+        square = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        counted = [g for name, g in gradients.items() if self.counts_in_norm(name)]
+        if counted:
+            square += torch.stack(torch._foreach_norm(counted)).double().square().sum().to(square.device)
+        dist.all_reduce(square)
+        norm = square.sqrt().item()
+        if 0 < max_norm < norm:
+            torch._foreach_mul_(list(gradients.values()), max_norm / norm)
+        return norm
+
+    def optimizer_step(self, lr: float) -> None:
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+
+    # --- checkpoint ---
+
+    def state_tensors(self, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """Copies on the CPU, gathered over data-parallel ranks (collective). The caller keeps them alive until `state_loaded`."""
+        state = {}
+        for name in self.weights:
+            state[f"model.{name}"] = self._whole(name, "weight")
+            if with_optimizer and name in self.trained:
+                for moment in MOMENTS:
+                    state[f"optimizer.{moment}.{name}"] = self._whole(name, moment)
+        self._handed_out = WeakValueDictionary(state)
+        return state
+
+    def state_loaded(self, step: int, with_optimizer: bool = True) -> None:
+        state = dict(self._handed_out)
+        expected = [f"model.{n}" for n in self.weights]
+        if with_optimizer:
+            expected += [f"optimizer.{moment}.{n}" for n in self.trained for moment in MOMENTS]
+            self.parts.set_adam_step(step)
+        self._write({key: state[key].to_local() for key in expected})
+
+    def gradient_of(self, name: str) -> Tensor | None:
+        return self._whole(name, "gradient") if name in self.trained else None
+
+    @torch.no_grad()
+    def _whole(self, name: str, kind: str) -> Tensor:
+        """One tensor of a weight, its parts put together: a DTensor of true global shape on the CPU."""
+        spec = self.weight(name)
+        start, part = self._owned(name, kind)
+        shape = spec.local_shape(self.tp.size, self.tp.rank)
+        flat = torch.zeros(math.prod(shape), device=self.groups.device)
+        flat[start : start + part.numel()] = part
+        if part.numel() < flat.numel() or name in self.trained:
+            dist.all_reduce(flat, group=self.groups.dp_cp)
+        dim = spec.split_dim_at(self.tp.size)
+        return DTensor.from_local(
+            flat.view(shape).cpu(),
+            self.state_mesh,
+            [Replicate(), Replicate() if dim is None else Shard(dim)],
+            run_check=False,
+            shape=torch.Size(spec.shape),
+            stride=torch.empty(spec.shape, device="meta").stride(),
+        )
+
+    @torch.no_grad()
+    def _write(self, state: dict[str, Tensor]) -> None:
+        """Takes this rank's parts out of its TP shards of weights ("model.*") and moments ("optimizer.*.*")."""
+        self.parts.release_weights()
+        for key, tensor in state.items():
+            kind, name = ("weight", key.removeprefix("model.")) if key.startswith("model.") else key.split(".", 2)[1:]
+            start, part = self._owned(name, kind)
+            part.copy_(tensor.reshape(-1)[start : start + part.numel()])
+        self.parts.update_model()
+
+    def _owned(self, name: str, kind: str) -> tuple[int, Tensor]:
+        return self.parts.part(self.trained[name], kind) if name in self.trained else self.parts.frozen_part(self.weights[name])
+
+    def _owned_gradients(self) -> dict[str, tuple[int, Tensor]]:
+        return {name: self.parts.part(p, "gradient") for name, p in self.trained.items()}
+
+    # --- construction ---
+
+    def _initialize(self) -> deepspeed.DeepSpeedEngine:
+        for p in self.weights.values():
+            p.tensor_model_parallel = True  # DeepSpeed's own norm, which nobody reads, fails where it finds nothing to count
+        if self.stage > 1:
+            for name in self.partial:
+                self.trained[name].register_hook(self._sum_over_tp)
+        # The chunks of a pipeline rank are one model for DeepSpeed, but called one by one.
+        whole = self.chunks[0] if self.stage > 1 else nn.ModuleDict({str(number): chunk for number, chunk in self.chunks.items()})
+        with redirect_stdout(None):  # memory reports
+            engine, *_ = deepspeed.initialize(
+                model=whole,
+                optimizer=self._make_adam(),
+                config=deepspeed_settings(self.config),
+                mpu=ModelParallelUnit(self.groups),
+                dist_init_required=False,
+            )
+        engine.set_gradient_accumulation_boundary(True)
+        if self.stage > 1:
+            self.chunks = {0: engine}
+        return engine
+
+    def _sum_over_tp(self, gradient: Tensor) -> Tensor:
+        """Where gradients leave for their owners during backward, ranks of TP must agree on them before."""
+        return all_reduce(gradient.to(self.main_dtype), self.tp.group).to(gradient.dtype)
+
+    def _make_adam(self) -> torch.optim.Optimizer:
+        o = self.config.optimizer
+        decayed = [p for name, p in self.trained.items() if not self.weight(name).is_norm]
+        others = [p for name, p in self.trained.items() if self.weight(name).is_norm]
+        groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((decayed, o.weight_decay), (others, 0.0)) if ps]
+        betas = (o.adam_beta1, o.adam_beta2)
+        if self.config.parallel.optimizer_cpu_offload:
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=o.lr, betas=betas, eps=o.adam_eps)
+        return torch.optim.AdamW(groups, lr=o.lr, betas=betas, eps=o.adam_eps, fused=True)
+
+    def _sum_gradients(self, names: list[str], group: dist.ProcessGroup) -> None:
+        if group.size() == 1:
+            return
+        for name in names:
+            dist.all_reduce(self.parts.unreduced_gradient(self.trained[name]), group=group)
