@@ -117,8 +117,7 @@ def test_describing_imports_no_torch():
     program = (
         "import sys\n"
         "from megatron_llama3.config.command_line import parse_run_config\n"
-        "from megatron_llama3.parallel.schedule import Action, Timed
-from megatron_llama3.planning.estimate import describe\n"
+        "from megatron_llama3.planning.estimate import describe\n"
         "print(describe(parse_run_config(['--dry-run', '--model-name', 'llama3.2-1b'])))\n"
         "assert 'torch' not in sys.modules\n"
     )
