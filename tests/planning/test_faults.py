@@ -1,4 +1,4 @@
-"""Each planted fault breaks a numeric bound of the equivalence matrix by at least 100 times in a run that has its axis, and nothing else."""
+"""Each planted fault breaks a numeric bound of the matrix at least 100 times over in a run that has its axis, and in no other."""
 
 import pytest
 

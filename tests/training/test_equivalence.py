@@ -35,8 +35,8 @@ DEEPSPEED = matrix(DEEPSPEED_AXES, pool=1000) if find_spec("deepspeed") else []
 SAMPLE = MATRIX[:8] + DEEPSPEED[:2]
 PLAIN: Row = {axis: values[0] for axis, values in AXES.items()}
 BOUNDS = {
-    "fp64": {"loss": 1e-10, "norm": 1e-10, "gradient": 1e-10, "weight": 1e-8, "copies": 0.0},
-    "fp32": {"loss": 1e-6, "norm": 1e-5, "gradient": 1e-5, "copies": 0.0},
+    "fp64": {"loss": 1e-10, "norm": 1e-10, "gradient": 1e-10, "later_norms": 1e-8, "weight": 1e-8, "copies": 0.0},
+    "fp32": {"loss": 1e-6, "norm": 1e-6, "gradient": 1e-5, "copies": 0.0},
 }
 
 _references: dict[str, Trace] = {}
