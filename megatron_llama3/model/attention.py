@@ -1,13 +1,16 @@
 """Grouped-query attention that never crosses a document border, for training under TP and CP and for cached decoding.
 
-Shapes: s = queries on this rank, S = keys of the whole sequence so far, b = micro-batch, d = head dimension. Kernels are chosen by name
-(`--attention-kernel`) and have one interface; `reference` is the plain one that tests compare the others with.
+A kernel (`--attention-kernel`) is two functions: `plan` turns the mask of a micro-batch into the tensors the kernel needs, once for all
+layers and outside what torch.compile sees; `attend` is the attention itself. `reference` is the plain one that tests compare with.
+
+Shapes: s = queries on this rank, S = keys of the whole sequence so far, b = micro-batch, d = head dimension.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,13 +37,6 @@ class AttentionMask:
     query_ranges: list[tuple[int, int]]
     document_ids: np.ndarray | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _made: dict = field(default_factory=dict, repr=False)
-
-    def once(self, make: Callable, *key):
-        """What a kernel derives from the mask, made by the first layer and kept for the others."""
-        if key not in self._made:
-            self._made[key] = make(self, *key[1:])
-        return self._made[key]
 
 
 def _dense_mask(mask: AttentionMask, start: int, end: int) -> Tensor:
@@ -48,55 +44,72 @@ def _dense_mask(mask: AttentionMask, start: int, end: int) -> Tensor:
     queries, keys = torch.arange(start, end, device=mask.device), torch.arange(end, device=mask.device)
     visible = (keys <= queries.unsqueeze(1)).unsqueeze(0)
     if mask.document_ids is not None:
-        ids = torch.from_numpy(mask.document_ids).to(mask.device)
+        ids = torch.from_numpy(np.ascontiguousarray(mask.document_ids)).to(mask.device)
         visible = visible & (ids[:, start:end, None] == ids[:, None, :end])
     return visible.unsqueeze(1)
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def _by_range(q: Tensor, plan: list[tuple]):
+    """(queries of one range, its entry in the plan); an entry begins with the range's start and end."""
+    return zip(q.split([end - start for start, end, *_ in plan]), plan, strict=True)
+
+
+# --- reference ---
+
+
+def plan_reference(mask: AttentionMask, batch: int) -> Tensor:
+    """Bool [b or 1, 1, s, S]."""
+    longest = max(end for _, end in mask.query_ranges) if mask.document_ids is None else mask.document_ids.shape[1]
+    return torch.cat([F.pad(_dense_mask(mask, a, e), (0, longest - e)) for a, e in mask.query_ranges], dim=2)
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention as written in a textbook, in at least float32. q [s, b, heads, d]; k, v [S, b, KV heads, d] -> [s, b, heads, d]."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     repeats = q.shape[2] // k.shape[2]
-    visible = torch.cat([F.pad(_dense_mask(mask, a, e), (0, k.shape[0] - e)) for a, e in mask.query_ranges], dim=2)
+    visible = F.pad(visible, (0, k.shape[0] - visible.shape[-1]))
     k, v = (x.to(dtype).repeat_interleave(repeats, dim=2) for x in (k, v))
     scores = torch.einsum("sbhd,tbhd->bhst", q.to(dtype), k) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     return torch.einsum("bhst,tbhd->sbhd", weights, v).to(q.dtype)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """torch's scaled_dot_product_attention, a dense mask only where the causal flag alone does not say it."""
+# --- torch's scaled_dot_product_attention ---
+
+
+def plan_sdpa(mask: AttentionMask, batch: int) -> list[tuple[int, int, Tensor | None]]:
+    """(start, end, dense mask) of each range; no mask where the causal flag alone says it."""
+    return [(a, e, None if a == 0 and mask.document_ids is None else _dense_mask(mask, a, e)) for a, e in mask.query_ranges]
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[tuple[int, int, Tensor | None]]) -> Tensor:
     pieces = []
     k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
-    for piece, (start, end) in _by_range(q, mask):
-        causal = start == 0 and mask.document_ids is None
-        dense = None if causal else mask.once(_dense_mask, "dense", start, end)
+    for piece, (_, end, dense) in _by_range(q, plan):
         out = F.scaled_dot_product_attention(
-            piece.permute(1, 2, 0, 3), k[:, :, :end], v[:, :, :end], attn_mask=dense, is_causal=causal, enable_gqa=k.shape[1] != q.shape[2]
+            piece.permute(1, 2, 0, 3),
+            k[:, :, :end],
+            v[:, :, :end],
+            attn_mask=dense,
+            is_causal=dense is None,
+            enable_gqa=k.shape[1] != q.shape[2],
         )
         pieces.append(out.permute(2, 0, 1, 3))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """torch's flex_attention: blocks of keys that no query of a block sees are skipped. Compiled on a GPU."""
-    from torch.nn.attention.flex_attention import flex_attention as flex
+# --- torch's flex_attention: blocks of keys that no query of a block sees are skipped ---
 
-    run = _compiled(flex) if q.is_cuda else flex
-    pieces = []
-    k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
-    for piece, (start, end) in _by_range(q, mask):
-        blocks = mask.once(_block_mask, "flex", start, end, q.shape[1])
-        query = piece.permute(1, 2, 0, 3).contiguous()
-        out = run(query, k[:, :, :end].contiguous(), v[:, :, :end].contiguous(), block_mask=blocks, enable_gqa=True)
-        pieces.append(out.permute(2, 0, 1, 3))
-    return torch.cat(pieces)
+
+def plan_flex(mask: AttentionMask, batch: int) -> list[tuple[int, int, Any]]:
+    """(start, end, block mask) of each range."""
+    return [(a, e, _block_mask(mask, a, e, batch)) for a, e in mask.query_ranges]
 
 
 def _block_mask(mask: AttentionMask, start: int, end: int, batch: int):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    ids = None if mask.document_ids is None else torch.from_numpy(mask.document_ids).to(mask.device)
+    ids = None if mask.document_ids is None else torch.from_numpy(np.ascontiguousarray(mask.document_ids)).to(mask.device)
 
     def visible(b, h, query, key):
         before = key <= query + start
@@ -105,31 +118,41 @@ def _block_mask(mask: AttentionMask, start: int, end: int, batch: int):
     return create_block_mask(visible, batch, None, end - start, end, device=mask.device)
 
 
-_COMPILED: dict[Callable, Callable] = {}
+@cache
+def _flex(is_cuda: bool) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if is_cuda else flex_attention
 
 
-def _compiled(function: Callable) -> Callable:
-    if function not in _COMPILED:
-        _COMPILED[function] = torch.compile(function, dynamic=False)
-    return _COMPILED[function]
-
-
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """torch.nn.attention.varlen (FlashAttention on CUDA): each stretch of queries in one document against that document's keys."""
-    from torch.nn.attention.varlen import varlen_attn
-
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[tuple[int, int, Any]]) -> Tensor:
     pieces = []
-    for piece, (start, end) in _by_range(q, mask):
-        first_keys, cu_q, cu_k, max_q, max_k = mask.once(_stretches, "varlen", start, end, q.shape[1])
-        keys, values = (torch.cat([x[first:end, row] for row, first in enumerate(first_keys)]) for x in (k, v))
-        flat = piece.transpose(0, 1).flatten(0, 1)
-        out = varlen_attn(flat, keys, values, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=True)
-        pieces.append(out.unflatten(0, (q.shape[1], -1)).transpose(0, 1))
+    k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+    for piece, (_, end, blocks) in _by_range(q, plan):
+        queries, keys, values = (x.contiguous() for x in (piece.permute(1, 2, 0, 3), k[:, :, :end], v[:, :, :end]))
+        out = _flex(q.is_cuda)(queries, keys, values, block_mask=blocks, enable_gqa=True)
+        pieces.append(out.permute(2, 0, 1, 3))
     return torch.cat(pieces)
 
 
-def _stretches(mask: AttentionMask, start: int, end: int, batch: int):
-    """The first key of each row, cumulative query and key lengths (int32, on the device) and the longest of each."""
+# --- torch.nn.attention.varlen (FlashAttention on CUDA): each stretch of queries in one document against that document's keys ---
+
+
+class Stretches(NamedTuple):
+    start: int
+    end: int
+    first_keys: list[int]
+    """of each row: where the document of its first query begins"""
+    cumulative_queries: Tensor
+    """int32 [stretches + 1]"""
+    cumulative_keys: Tensor
+
+
+def plan_varlen(mask: AttentionMask, batch: int) -> list[Stretches]:
+    return [_stretches(mask, start, end, batch) for start, end in mask.query_ranges]
+
+
+def _stretches(mask: AttentionMask, start: int, end: int, batch: int) -> Stretches:
     query_lengths, key_lengths, first_keys = [], [], []
     for row in range(batch):
         ids = np.zeros(end, np.int32) if mask.document_ids is None else mask.document_ids[row, :end]
@@ -139,15 +162,36 @@ def _stretches(mask: AttentionMask, start: int, end: int, batch: int):
         query_lengths += [e - max(a, start) for a, e in documents]
         key_lengths += [e - a for a, e in documents]
     cumulative = [torch.tensor(np.cumsum([0, *x]), dtype=torch.int32, device=mask.device) for x in (query_lengths, key_lengths)]
-    return first_keys, *cumulative, max(query_lengths), max(key_lengths)
+    return Stretches(start, end, first_keys, *cumulative)
 
 
-def _by_range(q: Tensor, mask: AttentionMask):
-    lengths = [end - start for start, end in mask.query_ranges]
-    return zip(q.split(lengths), mask.query_ranges, strict=True)
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[Stretches]) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    pieces = []
+    for piece, (start, end, first_keys, cumulative_queries, cumulative_keys) in _by_range(q, plan):
+        keys, values = (torch.cat([x[first:end, row] for row, first in enumerate(first_keys)]) for x in (k, v))
+        queries = piece.transpose(0, 1).flatten(0, 1)
+        # The longest stretch is bounded by the range: a fixed number, so that nothing is compiled anew for each batch.
+        lengths = (cumulative_queries, cumulative_keys, end - start, end)
+        out = varlen_attn(queries, keys, values, *lengths, window_size=(-1, 0), enable_gqa=True)
+        pieces.append(out.unflatten(0, (q.shape[1], -1)).transpose(0, 1))
+    return torch.cat(pieces)
 
 
-KERNELS = {"reference": reference_attention, "sdpa": sdpa_attention, "flex": flex_attention, "varlen": varlen_attention}
+class Kernel(NamedTuple):
+    plan: Callable[[AttentionMask, int], Any]
+    """(mask, micro-batch size) -> what `attend` takes as its last argument"""
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+    """q [s, b, heads, d], k and v [S, b, KV heads, d] -> [s, b, heads, d]"""
+
+
+KERNELS = {
+    "reference": Kernel(plan_reference, reference_attention),
+    "sdpa": Kernel(plan_sdpa, sdpa_attention),
+    "flex": Kernel(plan_flex, flex_attention),
+    "varlen": Kernel(plan_varlen, varlen_attention),
+}
 
 
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -174,11 +218,11 @@ class Attention(nn.Module):
         if tp.size > 1 and kv_split is None:
             head = tp.rank * config.num_query_groups // tp.size
             self.kv_rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
-        self.core = KERNELS[kernel]
+        self.core = KERNELS[kernel].attend
         if recompute:
             self.core = partial(checkpoint, self.core, use_reentrant=False, preserve_rng_state=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache=None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: Any, cache=None) -> Tensor:
         """x [s, b, h] (this rank's part of s under sequence parallelism) -> the same shape. `cache` (inference) keeps keys and values."""
         x = self.tp.gather_input(x)
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))
@@ -187,7 +231,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         k, v = gather_keys_values(k, v, self.cp_group)
-        return self.tp.reduce_output(self.wo(self.core(q, k, v, mask).flatten(2)))
+        return self.tp.reduce_output(self.wo(self.core(q, k, v, plan).flatten(2)))
 
     def _kv(self, layer: ParallelLinear, x: Tensor) -> Tensor:
         if self.kv_rows is None:

@@ -8,6 +8,7 @@ h = hidden size. Activations are [s, b, h] throughout: what passes between pipel
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_llama3.config.model import ModelConfig
-from megatron_llama3.model.attention import Attention, AttentionMask, choose_kernel
+from megatron_llama3.model.attention import KERNELS, Attention, AttentionMask, choose_kernel
 from megatron_llama3.model.loss import token_log_probs
 from megatron_llama3.model.rope import rotary_frequencies, rotary_table
 from megatron_llama3.model.sharding import initial_weight, weight_table
@@ -98,8 +99,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(weight("ffn_norm.weight"), config.norm_epsilon)
         self.feed_forward = FeedForward(weight, tp)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache=None) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: Any, cache=None) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), rotary, plan, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -124,6 +125,7 @@ class Llama(nn.Module):
         self.config, self.tp, self.options = config, tp, options
         self.specs = weight_table(config)
         kernel = choose_kernel(options.attention_kernel, options.device, options.compute_dtype)
+        self.plan_attention = KERNELS[kernel].plan
         self.layers = nn.ModuleDict()
         for number in range(config.num_layers) if layers is None else layers:
             self.layers[str(number)] = Block(
@@ -144,12 +146,15 @@ class Llama(nn.Module):
         (logits [s, b, V/t] without targets)."""
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(inputs.tokens)
-        rotary = rotary_table(inputs.position_ids, self.frequencies) if self.layers else None
+        rotary = plan = None
+        if self.layers:
+            rotary = rotary_table(inputs.position_ids, self.frequencies)
+            plan = self.plan_attention(inputs.mask, inputs.tokens.shape[1])
         for group, recompute in self._layer_groups():
             if recompute and torch.is_grad_enabled():
-                x = checkpoint(self._run, group, x, rotary, inputs.mask, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(self._run, group, x, rotary, plan, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self._run(group, x, rotary, inputs.mask, caches)
+                x = self._run(group, x, rotary, plan, caches)
         return x if self.output is None else self._head(x, inputs.targets)
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -158,9 +163,9 @@ class Llama(nn.Module):
             is_tied = name == "output.weight" and not self.config.untie_embeddings_and_output_weights
             yield "tok_embeddings.weight" if is_tied else name, parameter
 
-    def _run(self, group: list[str], x: Tensor, rotary, mask: AttentionMask, caches=None) -> Tensor:
+    def _run(self, group: list[str], x: Tensor, rotary, plan, caches=None) -> Tensor:
         for number in group:
-            x = self.layers[number](x, rotary, mask, caches[int(number)] if caches else None)
+            x = self.layers[number](x, rotary, plan, caches[int(number)] if caches else None)
         return x
 
     def _layer_groups(self) -> list[tuple[list[str], bool]]:
