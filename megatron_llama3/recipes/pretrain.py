@@ -9,7 +9,7 @@ Every flag is a field of megatron_llama3/config/; `--help` lists them. A config 
 import sys
 
 from megatron_llama3.config.command_line import load_run_config, parse_run_config
-from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.errors import exit_on_user_error
 from megatron_llama3.config.run import RunConfig
 
 
@@ -64,18 +64,13 @@ def pretrain(config: RunConfig) -> None:
 
 
 def main() -> None:
-    try:
-        config = parse_run_config(sys.argv[1:])
-        if config.dry_run:
-            from megatron_llama3.planning.estimate import describe
+    config = parse_run_config(sys.argv[1:])
+    if not config.dry_run:
+        return pretrain(config)
+    from megatron_llama3.planning.estimate import describe
 
-            print(describe(config))
-            return
-        pretrain(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+    print(describe(config))
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)
