@@ -34,7 +34,7 @@ def open_gguf(path: str | Path) -> WeightSource:
 
     Raises UserError for another architecture, an unknown field, a damaged file, or weights that do not fit the config.
     """
-    path = _file(Path(path))
+    path = gguf_file(Path(path))
     reader = _reader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -47,7 +47,8 @@ def open_gguf(path: str | Path) -> WeightSource:
     return WeightSource(model, weights, assets, generation, fields.get("tokenizer.chat_template"))
 
 
-def _file(path: Path) -> Path:
+def gguf_file(path: Path) -> Path:
+    """The file itself, or the one .gguf file in a folder. Raises UserError."""
     if not path.is_dir():
         if not path.is_file():
             raise UserError(f"{path}: no such file")

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,12 +53,11 @@ def sync(path: Path) -> None:
 
 
 def write_in_parallel(tasks: Sequence[Callable[[], None]], workers: int | None = None) -> None:
-    """Runs one task a file on threads (copying, checksums and writing leave Python's lock); the first failure is raised."""
+    """Runs one task a file on threads (copying, checksums and writing leave Python's lock); a failure stops the rest and is raised."""
     with ThreadPoolExecutor(max_workers=workers or min(4, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(task) for task in tasks]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.cancel()
+        for future in done:
+            future.result()

@@ -1,0 +1,102 @@
+"""Converts weights between the native format, Hugging Face's, Meta's and (as input) GGUF, exactly and in little memory.
+
+    python tools/convert_checkpoint.py --from hf --to native --load Llama-3.1-8B --save checkpoints/llama3.1-8b
+    python tools/convert_checkpoint.py --from native --to hf --load checkpoints/run --save exported --dtype bfloat16
+    python tools/convert_checkpoint.py --from hf --to meta --load Llama-3.1-405B --save meta --target-model-parallel-size 8 --no-verify
+
+Weights pass in blocks of rows, several files at a time. Before the result gets its name it is read back and the logits of both sides are
+compared in fp32. What cannot be converted is one line, exit status 2, and leaves nothing under the name of --save.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_llama3.config.errors import UserError, exit_on_user_error
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--from", dest="source", required=True, choices=("native", "hf", "meta", "gguf"), help="format of --load")
+    parser.add_argument("--to", dest="target", required=True, choices=("native", "hf", "meta"), help="format of --save")
+    parser.add_argument("--load", required=True, type=Path, metavar="PATH", help="folder (GGUF: file) to read")
+    parser.add_argument("--save", required=True, type=Path, metavar="DIR", help="folder to write; must not exist yet")
+    parser.add_argument("--target-model-parallel-size", type=int, metavar="N", help="with --to meta: number of .pth files (default 1)")
+    parser.add_argument("--dtype", choices=DTYPES, help="convert the weights (default: keep them; GGUF is dequantised to float32)")
+    parser.add_argument("--tokenizer-model", type=Path, metavar="PATH", help="tokenizer to write (default: the one in --load)")
+    parser.add_argument("--workers", type=int, help="files written at a time (default: up to 4)")
+    parser.add_argument("--no-verify", action="store_true", help="do not read back and compare logits")
+    arguments = parser.parse_args()
+    if arguments.target_model_parallel_size is not None and arguments.target != "meta":
+        raise UserError("--target-model-parallel-size is for --to meta")
+    if not arguments.load.exists():
+        raise UserError(f"--load {arguments.load}: no such file or folder")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    import torch
+
+    from megatron_llama3.checkpoint.publish import publish_folder
+    from megatron_llama3.checkpoint.tokenizer_files import with_tokenizer
+
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    source = with_tokenizer(_open(arguments.source, arguments.load), arguments.tokenizer_model)
+    shards = arguments.target_model_parallel_size or 1
+    size = source.nbytes(dtype)
+    sides = f"{arguments.load} ({arguments.source}) -> {arguments.save} ({arguments.target})"
+    print(f"{sides}: {len(source.weights)} weights, {size / 1e9:.2f} GB")
+    with publish_folder(arguments.save, size) as aside:
+        _write(arguments.target, source, aside, dtype, shards, arguments.workers)
+        if not arguments.no_verify:
+            _verify(arguments, source, aside, dtype)
+    for line in _notes(arguments.target, source):
+        print(f"note: {line}")
+    print(f"done: {arguments.save}")
+
+
+def _open(kind: str, path: Path):
+    """The WeightSource of a folder or file of that kind."""
+    from megatron_llama3.checkpoint import gguf, huggingface, meta, native
+
+    return {"native": native.open_native, "hf": huggingface.open_hf, "meta": meta.open_meta, "gguf": gguf.open_gguf}[kind](path)
+
+
+def _write(kind: str, source, folder: Path, dtype, shards: int, workers: int | None) -> None:
+    from megatron_llama3.checkpoint import huggingface, meta, native
+
+    if kind == "meta":
+        meta.write_meta(source, folder, shards, dtype, workers)
+    else:
+        {"native": native.write_native, "hf": huggingface.write_hf}[kind](source, folder, dtype, workers)
+
+
+def _verify(arguments: argparse.Namespace, source, written: Path, dtype) -> None:
+    """Compares the logits of what was read and of what was written. Raises UserError if they differ."""
+    from megatron_llama3.checkpoint.gguf import gguf_file
+    from megatron_llama3.checkpoint.verify import compare_sides, side_logits
+
+    path = gguf_file(arguments.load) if arguments.source == "gguf" else arguments.load
+    before, reader = side_logits(arguments.source, path, source, dtype)
+    after, other = side_logits(arguments.target, written, _open(arguments.target, written), None)
+    error = compare_sides(before, after)
+    print(f"verified: logits differ by {error:.1e} of their norm ({reader} on what was read, {other} on the result)")
+
+
+def _notes(kind: str, source) -> list[str]:
+    """What the target format cannot hold and the user should know."""
+    notes = []
+    model = source.model
+    factors = (model.rope_scaling_factor, model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor)
+    numbers = (*factors, model.rope_scaling_original_max_position_embeddings)
+    if kind == "meta" and model.use_rope_scaling and numbers != (8.0, 1.0, 4.0, 8192):
+        notes.append("params.json holds the RoPE scaling numbers, but Meta's own code uses 8, 1, 4 and 8192 whatever it says")
+    if kind == "hf" and not source.assets:
+        notes.append("no tokenizer was found beside the weights: name one with --tokenizer-model")
+    return notes
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
