@@ -117,21 +117,34 @@ def load_or_build(path: Path, shape: tuple[int, ...], build: Callable[[], np.nda
 
     Ranks that start together may all build it: each writes under a name of its own and renames, so every reader sees a whole file.
     """
-    for _ in range(2):
-        try:
-            array = np.load(path, mmap_mode="r")
-            if array.shape == shape and array.dtype == np.int64:
-                return array
-        except (FileNotFoundError, ValueError, EOFError):
-            pass
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-        try:
-            with open(partial, "wb") as file:
-                np.save(file, build())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    raise UserError(f"{path}: cannot be read back after writing; remove it, or choose another --data-cache-path")
+    try:
+        if (array := _load(path, shape)) is None:
+            _write_aside(path, build())
+            array = _load(path, shape)
+    except OSError as error:
+        raise UserError(f"--data-cache-path: cannot use {path}: {error.strerror}; choose another folder") from error
+    if array is None:
+        raise UserError(f"--data-cache-path: {path} cannot be read back after writing; choose another folder")
+    return array
+
+
+def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array, or None where there is none of that shape."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return array if array.shape == shape and array.dtype == np.int64 else None
+
+
+def _write_aside(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.save(file, array)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

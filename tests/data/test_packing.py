@@ -123,6 +123,12 @@ def test_ranks_that_start_at_once_share_one_cache(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--data-cache-path: cannot use .*file/x.npy"):
+        load_or_build(tmp_path / "file" / "x.npy", (3,), lambda: np.arange(3))
+
+
 def test_a_damaged_cache_is_built_again(tmp_path):
     path = tmp_path / "cache" / "x.npy"
     built = []

@@ -1,7 +1,9 @@
 """tools/inspect_dataset.py: what it prints is what is there, and --verify finds what has changed."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +57,16 @@ def test_counts_and_documents(prefix, inspect):
     assert "dtype        uint16" in out
     assert "document 7, 25 tokens, corpus.jsonl bytes 70 to 79\n  70 114 111 109" in out
     assert [line.split(",")[0] for line in out.splitlines() if line.startswith("document ")] == ["document 7", "document 15", "document 45"]
+
+
+def test_it_starts_without_torch(prefix):
+    """Importing torch and megatron-core takes many seconds: a tool over files must not."""
+    command = [sys.executable, "-X", "importtime", inspect_dataset.__file__, str(prefix)]
+    root = str(Path(inspect_dataset.__file__).parents[1])
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}, check=True)
+    assert "documents    60" in result.stdout
+    assert "numpy" in result.stderr
+    assert "torch" not in result.stderr
 
 
 def test_text_with_a_tokenizer(prefix, byte_tokenizer, inspect):
