@@ -10,6 +10,7 @@ import os
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,7 +20,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
-from megatron_llama3.parallel.collectives import all_reduce
 from megatron_llama3.parallel.groups import ParallelGroups
 from megatron_llama3.training.deepspeed_parts import ModelParallelUnit, OwnedParts, deepspeed_settings
 from megatron_llama3.training.engine import Engine, Trainable
@@ -42,9 +42,11 @@ class DeepSpeedEngine(Engine):
         self.stage = config.parallel.zero_stage
         self.weights = dict(self.named_weights())
         self.trained = {name: p for name, p in self.weights.items() if p.requires_grad}
-        if not self.trained:
-            raise UserError(f"--engine deepspeed: all weights of pipeline rank {groups.at.pp} are frozen; use --engine fsdp")
-        self.partial = [n for n in self.trained if self.weight(n).gradient_is_partial(self.tp.size, self.tp.sequence_parallel)]
+        if not self.trained and self.stage > 1:
+            raise UserError("--engine deepspeed: all weights are frozen, there is nothing to train")
+        self.replicated = [n for n in self.trained if self.tp.size > 1 and self.weight(n).split_dim_at(self.tp.size) is None]
+        # A pipeline rank whose layers are all frozen takes part in DeepSpeed's collectives with one number that stays 0.
+        self.ballast = None if self.trained else nn.Parameter(torch.zeros(1, device=groups.device))
         # DeepSpeed would make master weights from weights it has rounded to bf16.
         masters = {n: p.detach().to("cpu", copy=True) for n, p in self.trained.items()} if config.optimizer.bf16 else {}
         self.deepspeed = self._initialize()
@@ -68,14 +70,26 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def finish_gradients(self) -> None:
         if self.stage == 1:
-            self._sum_gradients(self.partial, self.tp.group)
-            tied = not self.config.model.untie_embeddings_and_output_weights
-            if tied and self.groups.embedding is not None and self.groups.topology.pp > 1:
-                self._sum_gradients([n for n in self.trained if n == "tok_embeddings.weight"], self.groups.embedding)
+            if self.ballast is not None:
+                torch.autograd.backward(self.ballast, torch.zeros_like(self.ballast))
             self.deepspeed.allreduce_gradients()
         elif self.stage == 3:  # which knows only the mean over data-parallel ranks
             for _, gradient in self._owned_gradients().values():
                 gradient.mul_(self.groups.dp_cp.size())
+        # Summed after the reduction, on whole weights: parts differ from rank to rank, and the order of a sum shows in its last bits.
+        for name in self.replicated:
+            is_partial = self.weight(name).gradient_is_partial(self.tp.size, self.tp.sequence_parallel)
+            self._sum_gradient(name, self.tp.group, is_partial or self.tp.rank == 0)
+        tied = not self.config.model.untie_embeddings_and_output_weights
+        if tied and self.groups.embedding is not None and self.groups.topology.pp > 1 and "tok_embeddings.weight" in self.trained:
+            self._sum_gradient("tok_embeddings.weight", self.groups.embedding)
+
+    def _sum_gradient(self, name: str, group: dist.ProcessGroup, adds: bool = True) -> None:
+        """The sum over the ranks of `group` that add to it, on each of them."""
+        start, part = self._owned(name, "gradient")
+        flat = self._put_together(name, "gradient")
+        dist.all_reduce(flat if adds else flat.zero_(), group=group)
+        part.copy_(flat[start : start + part.numel()])
 
     def release_gathered_weights(self) -> None:
         self.parts.release_weights()
@@ -124,25 +138,29 @@ class DeepSpeedEngine(Engine):
     def gradient_of(self, name: str) -> Tensor | None:
         return self._whole(name, "gradient") if name in self.trained else None
 
-    @torch.no_grad()
     def _whole(self, name: str, kind: str) -> Tensor:
-        """One tensor of a weight, its parts put together: a DTensor of true global shape on the CPU."""
+        """A DTensor of true global shape on the CPU."""
         spec = self.weight(name)
-        start, part = self._owned(name, kind)
-        shape = spec.local_shape(self.tp.size, self.tp.rank)
-        flat = torch.zeros(math.prod(shape), device=self.groups.device)
-        flat[start : start + part.numel()] = part
-        if part.numel() < flat.numel() or name in self.trained:
-            dist.all_reduce(flat, group=self.groups.dp_cp)
         dim = spec.split_dim_at(self.tp.size)
         return DTensor.from_local(
-            flat.view(shape).cpu(),
+            self._put_together(name, kind).cpu().view(spec.local_shape(self.tp.size, self.tp.rank)),
             self.state_mesh,
             [Replicate(), Replicate() if dim is None else Shard(dim)],
             run_check=False,
             shape=torch.Size(spec.shape),
             stride=torch.empty(spec.shape, device="meta").stride(),
         )
+
+    @torch.no_grad()
+    def _put_together(self, name: str, kind: str) -> Tensor:
+        """The data-parallel ranks' parts of this TP rank's shard, flat, in the main dtype (collective)."""
+        start, part = self._owned(name, kind)
+        shape = self.weight(name).local_shape(self.tp.size, self.tp.rank)
+        flat = torch.zeros(math.prod(shape), dtype=self.main_dtype, device=self.groups.device)
+        flat[start : start + part.numel()] = part
+        if name in self.trained or self.stage == 3:
+            dist.all_reduce(flat, group=self.groups.dp_cp)
+        return flat
 
     @torch.no_grad()
     def _write(self, state: dict[str, Tensor]) -> None:
@@ -165,12 +183,11 @@ class DeepSpeedEngine(Engine):
     def _initialize(self) -> deepspeed.DeepSpeedEngine:
         for p in self.weights.values():
             p.tensor_model_parallel = True  # DeepSpeed's own norm, which nobody reads, fails where it finds nothing to count
-        if self.stage > 1:
-            for name in self.partial:
-                self.trained[name].register_hook(self._sum_over_tp)
         # The chunks of a pipeline rank are one model for DeepSpeed, but called one by one.
         whole = self.chunks[0] if self.stage > 1 else nn.ModuleDict({str(number): chunk for number, chunk in self.chunks.items()})
-        with redirect_stdout(None):  # memory reports
+        if self.ballast is not None:
+            whole.register_parameter("ballast", self.ballast)
+        with redirect_stdout(StringIO()):  # memory reports
             engine, *_ = deepspeed.initialize(
                 model=whole,
                 optimizer=self._make_adam(),
@@ -183,22 +200,13 @@ class DeepSpeedEngine(Engine):
             self.chunks = {0: engine}
         return engine
 
-    def _sum_over_tp(self, gradient: Tensor) -> Tensor:
-        """Where gradients leave for their owners during backward, ranks of TP must agree on them before."""
-        return all_reduce(gradient.to(self.main_dtype), self.tp.group).to(gradient.dtype)
-
     def _make_adam(self) -> torch.optim.Optimizer:
         o = self.config.optimizer
         decayed = [p for name, p in self.trained.items() if not self.weight(name).is_norm]
         others = [p for name, p in self.trained.items() if self.weight(name).is_norm]
+        others += [] if self.ballast is None else [self.ballast]
         groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((decayed, o.weight_decay), (others, 0.0)) if ps]
         betas = (o.adam_beta1, o.adam_beta2)
         if self.config.parallel.optimizer_cpu_offload:
             return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=o.lr, betas=betas, eps=o.adam_eps)
         return torch.optim.AdamW(groups, lr=o.lr, betas=betas, eps=o.adam_eps, fused=True)
-
-    def _sum_gradients(self, names: list[str], group: dist.ProcessGroup) -> None:
-        if group.size() == 1:
-            return
-        for name in names:
-            dist.all_reduce(self.parts.unreduced_gradient(self.trained[name]), group=group)

@@ -96,12 +96,6 @@ class OwnedParts:
         start = min(self.dp_rank * p.ds_tensor.numel(), p.ds_numel)
         return start, p.ds_tensor.detach()[: p.ds_numel - start]
 
-    def unreduced_gradient(self, p: nn.Parameter) -> Tensor:
-        """ZeRO-1 before the reduction over data-parallel ranks: this rank's gradient of the whole weight, float32."""
-        if hasattr(self.optimizer, "fp32_groups_gradients"):
-            return p._hp_grad
-        return self.optimizer.get_param_gradient_attribute(p)
-
     def make_adam_state(self) -> None:
         """Zero moments from the start: DeepSpeed would make them in the first step, after a checkpoint may have been loaded."""
         adam = self.optimizer.optimizer
