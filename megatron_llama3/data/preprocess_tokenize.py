@@ -1,6 +1,5 @@
 """Bulk tokenisation: gigatoken where it equals the reference, the reference where it does not. ids always equal `Tokenizer.encode`."""
 
-import functools
 import re
 from collections.abc import Callable
 
@@ -42,7 +41,6 @@ class BulkTokenizer:
         return self._encode(piece)
 
 
-@functools.lru_cache(maxsize=1)
 def _gigatoken(tokenizer: Tokenizer):
     from gigatoken.gigatoken_rs import load_hf_json
 
