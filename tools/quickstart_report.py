@@ -1,0 +1,170 @@
+"""What a small run on Python source has learned: loss, text, and whether the text is Python or a copy.
+
+    python tools/quickstart_report.py --export EXPORT --corpus CORPUS --log metrics.jsonl --plot loss.png
+
+Loads a Hugging Face export in transformers, continues held-out prompts with it, and prints its numbers beside those of real held-out text.
+Exit status 1 if the held-out loss is not below 0.6 of the corpus's unigram entropy.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+import tokenize
+from collections import Counter
+from pathlib import Path
+
+from megatron_llama3.config.errors import UserError, exit_on_user_error
+
+LOSS_SHARE = 0.6
+WINDOW = 512
+HELD_OUT_DOCUMENTS, PROMPTS = 100, 16
+PROMPT_CHARACTERS, NEW_TOKENS = 300, 96
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--export", type=Path, required=True, help="Hugging Face folder with its tokenizer")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder of train.jsonl and held_out.jsonl")
+    parser.add_argument("--log", type=Path, required=True, help="metrics.jsonl of the run")
+    parser.add_argument("--plot", type=Path, required=True, help="PNG to write")
+    args = parser.parse_args()
+    for path in (args.export / "config.json", args.corpus / "train.jsonl", args.corpus / "held_out.jsonl", args.log):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; scripts/quickstart.sh makes it")
+    train, held_out = (texts(args.corpus / f"{name}.jsonl") for name in ("train", "held_out"))
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.export)
+    model = AutoModelForCausalLM.from_pretrained(args.export).eval()
+    entropy = unigram_entropy(tokenizer, train)
+    loss = mean_loss(model, tokenizer, spread(held_out, HELD_OUT_DOCUMENTS))
+    prompted = [document for document in held_out if len(document) > 2 * PROMPT_CHARACTERS]
+    prompts, real = prompts_and_rest(spread(prompted, PROMPTS))
+    generated = continuations(model, tokenizer, prompts)
+    show_samples(prompts, generated)
+    print_numbers(loss, entropy, real, generated, "\0".join(train))
+    plot_losses(args.log, args.plot, entropy, loss)
+    print(f"loss plot: {args.plot}")
+    if loss >= LOSS_SHARE * entropy:
+        print(f"the held-out loss is not below {LOSS_SHARE} of the unigram entropy", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
+
+
+def spread(items: list, count: int) -> list:
+    """At most `count` items, evenly over the list."""
+    return items[:: max(1, len(items) // count)][:count]
+
+
+def unigram_entropy(tokenizer, documents: list[str]) -> float:
+    """Entropy of a single token of the corpus, in nats: the loss of a model that knows the frequencies and nothing else."""
+    counts = Counter()
+    for ids in tokenizer(documents)["input_ids"]:
+        counts.update(ids)
+    total = counts.total()
+    return -sum(n / total * math.log(n / total) for n in counts.values())
+
+
+def mean_loss(model, tokenizer, documents: list[str]) -> float:
+    """Mean negative log-likelihood of a token, each document alone and in windows of WINDOW tokens."""
+    import torch
+
+    total, count = 0.0, 0
+    for text in documents:
+        ids = torch.tensor(tokenizer(text)["input_ids"])
+        for window in ids.split(WINDOW):
+            if len(window) > 1:
+                with torch.no_grad():
+                    logits = model(window[None]).logits[0, :-1]
+                total += torch.nn.functional.cross_entropy(logits.double(), window[1:], reduction="sum").item()
+                count += len(window) - 1
+    return total / count
+
+
+def prompts_and_rest(documents: list[str]) -> tuple[list[str], list[str]]:
+    """The beginning of each document, up to the end of a line, and what really follows."""
+    cuts = [document.find("\n", PROMPT_CHARACTERS) + 1 for document in documents]
+    return [d[:cut] for d, cut in zip(documents, cuts, strict=True)], [d[cut:] for d, cut in zip(documents, cuts, strict=True)]
+
+
+def continuations(model, tokenizer, prompts: list[str]) -> list[str]:
+    import torch
+
+    torch.manual_seed(1)
+    result = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=0)
+        result.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return result
+
+
+def show_samples(prompts: list[str], generated: list[str]) -> None:
+    for number, (prompt, text) in enumerate(zip(prompts[:3], generated[:3], strict=True), 1):
+        print(f"---- held-out prompt {number} (its last lines)\n{prompt[-160:].rstrip()}\n---- generated\n{text.rstrip()}")
+    print("----")
+
+
+def print_numbers(loss: float, entropy: float, real: list[str], generated: list[str], train: str) -> None:
+    real = [text[: len(made)] for text, made in zip(real, generated, strict=True)]
+    copied = {name: longest_copied_run("\n".join(found), train) for name, found in (("generated", generated), ("real", real))}
+    rows = [
+        ("held-out loss, nats a token", f"{loss:.3f}", f"must be below {LOSS_SHARE * entropy:.3f}, {LOSS_SHARE} of the next line"),
+        ("unigram entropy of the corpus", f"{entropy:.3f}", f"the loss is {loss / entropy:.2f} of it"),
+        ("generated lines tokenize accepts", f"{accepted_share(generated):.0%}", f"of real held-out lines: {accepted_share(real):.0%}"),
+        ("longest run copied from training", f"{len(copied['generated'])} characters", f"of real held-out text: {len(copied['real'])}"),
+    ]
+    for name, value, beside in rows:
+        print(f"{name:<33} {value:>14}   {beside}")
+    print(f"that run: {copied['generated']!r}")
+
+
+def accepted_share(found: list[str]) -> float:
+    """The share of non-blank lines that Python's tokenizer accepts, each line alone; the last of a text may be cut off and is left out."""
+    lines = [line.strip() for text in found for line in text.split("\n")[:-1] if line.strip()]
+    return sum(map(tokenizes, lines)) / max(1, len(lines))
+
+
+def tokenizes(line: str) -> bool:
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(line + "\n").readline))
+    except (tokenize.TokenError, SyntaxError):
+        return False
+    return all(token.type != tokenize.ERRORTOKEN for token in tokens)
+
+
+def longest_copied_run(text: str, source: str) -> str:
+    """The longest substring of `text` that is in `source`."""
+    best = ""
+    for start in range(len(text)):
+        while start + len(best) < len(text) and text[start : start + len(best) + 1] in source:
+            best = text[start : start + len(best) + 1]
+    return best
+
+
+def plot_losses(log: Path, plot: Path, entropy: float, final: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [json.loads(line) for line in log.open()]
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for key, label, style in (("loss", "training", "-"), ("validation_loss", "held-out", "o")):
+        points = [(record["consumed_tokens"] / 1e6, record[key]) for record in records if key in record]
+        axes.plot(*zip(*points), style, label=label)
+    axes.axhline(entropy, color="gray", linestyle=":", label="unigram entropy")
+    axes.axhline(LOSS_SHARE * entropy, color="gray", linestyle="--", label=f"{LOSS_SHARE} of it")
+    axes.set(xlabel="million tokens", ylabel="loss, nats a token", title=f"held-out loss at the end: {final:.2f}")
+    axes.legend()
+    figure.savefig(plot, dpi=120)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
