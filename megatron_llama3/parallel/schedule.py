@@ -38,12 +38,14 @@ def make_timeline(
     """What each rank computes and when, on a clock where F, I and W take 1 and B takes 2.
 
     A rank runs its next forward as long as its share of activations in flight lasts, else its next backward, else a waiting weight
-    half. The share is what 1F1B holds: PP - rank, or 2 * (PP - rank - 1) + (V - 1) * N + 1 when interleaved.
+    half. The share is what 1F1B holds: PP - rank, or 2 * (PP - rank - 1) + (V - 1) * N + 1 when interleaved. Zero bubble may hold as much
+    on every rank as 1F1B does on the first, so that later ranks can put off their weight halves (ZB-H1 of arXiv 2401.10241).
     """
     group_size = min(group_size or pp, microbatches)
     ranks = [_Rank(r, pp, chunks_per_rank, microbatches, group_size, zero_bubble) for r in range(pp)]
     for rank in ranks if forward_only else ():
         rank.backwards, rank.share = [], len(rank.forwards)
+        rank.memory = rank.share
     ends: dict[tuple[str, int, int], int] = {}
     last_chunk = pp * chunks_per_rank - 1
     now = 0
@@ -66,7 +68,8 @@ class _Rank:
         self.weights: list[tuple[int, int]] = []
         self.zero_bubble = zero_bubble
         self.share = pp - rank if chunks == 1 else 2 * (pp - rank - 1) + (chunks - 1) * group_size + 1
-        self.in_flight = self.free_at = self.forwarded = self.backwarded = self.weighted = 0
+        self.memory = self.share + (rank if chunks == 1 else 2 * rank)
+        self.free_at = self.forwarded = self.backwarded = self.weighted = 0
         self.timeline: list[Timed] = []
 
     @property
@@ -74,11 +77,10 @@ class _Rank:
         return self.forwarded < len(self.forwards) or self.backwarded < len(self.backwards) or self.weighted < len(self.weights)
 
     def choose(self, now: int, ends: dict, last_chunk: int) -> Action | None:
-        if self.forwarded < len(self.forwards) and self.in_flight < self.share:
+        if self.forwarded < len(self.forwards) and self._may_forward():
             chunk, m = self.forwards[self.forwarded]
             if chunk == 0 or ends.get(("F", chunk - 1, m), now + 1) <= now:
                 self.forwarded += 1
-                self.in_flight += 1
                 return Action("F", chunk, m)
         if self.backwarded < len(self.backwards):
             chunk, m = self.backwards[self.backwarded]
@@ -87,16 +89,18 @@ class _Rank:
                 return self._backward(chunk, m)
         if self.weighted < len(self.weights):
             self.weighted += 1
-            self.in_flight -= 1
             return Action("W", *self.weights[self.weighted - 1])
         return None
+
+    def _may_forward(self) -> bool:
+        in_memory = self.forwarded - (self.weighted if self.zero_bubble else self.backwarded)
+        return self.forwarded - self.backwarded < self.share and in_memory < self.memory
 
     def _backward(self, chunk: int, m: int) -> Action:
         self.backwarded += 1
         if self.zero_bubble:
             self.weights.append((chunk, m))
             return Action("I", chunk, m)
-        self.in_flight -= 1
         return Action("B", chunk, m)
 
 

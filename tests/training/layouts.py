@@ -136,10 +136,14 @@ def trainable_of(row: Row) -> Callable[[str], bool]:
     DeepSpeed refuses a rank without anything to train.
     """
 
+    whole_stage = row["engine"] == "fsdp"
+
     def trainable(name: str) -> bool:
         if name.startswith("tok_embeddings"):
-            return row["tied"] or row["engine"] != "fsdp"
-        return not name.startswith("layers.0.") and not name.endswith(("wq.weight", "wv.weight", "w1.weight", "ffn_norm.weight"))
+            return row["tied"] or not whole_stage
+        if name.startswith("layers.0.") and whole_stage:
+            return False
+        return not name.endswith(("wq.weight", "wv.weight", "w1.weight", "ffn_norm.weight"))
 
     return trainable if row["frozen"] else lambda name: True
 
