@@ -10,12 +10,12 @@ cd "$(dirname "$0")/.."
 RUN=runs/quickstart
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 # Processes on one machine talk over the loopback device, whatever its other networks look like.
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+[ ! -e /sys/class/net/lo ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 
 step() { printf '\n=== %s (%d s since the start)\n' "$1" "$SECONDS"; }
 
 step "1/6 environment"
-source scripts/_setup.sh
+source scripts/_setup.sh run
 
 step "2/6 text: the source of Python's standard library, some files held out"
 [ -f $RUN/corpus/train.jsonl ] && [ -f $RUN/corpus/held_out.jsonl ] || $PYTHON tools/quickstart_corpus.py --output $RUN/corpus
