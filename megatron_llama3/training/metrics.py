@@ -85,16 +85,16 @@ class MetricsLogger:
         self.since, self.tokens, self.steps, self.losses = now, 0, 0, []
 
     def _show(self, record: dict, seconds_left: float) -> None:
-        memory, tflops = record["memory_bytes"] / 2**30, record["tflops_per_rank_causal_attention"]
+        memory = record["memory_bytes"] / 2**30
         parts = [
             f"loss {record['loss']:.4f}",
             f"grad norm {record['gradient_norm']:.3f}",
             f"lr {record['lr']:.3e}",
             f"{record['tokens_per_second']:,.0f} tokens/s",
-            f"{tflops:.3g} TFLOP/s/rank",
+            _both_kinds(record, "tflops_per_rank", "{:.3g}") + " TFLOP/s a rank",
         ]
         if self.peak_tflops is not None:
-            parts.append(f"MFU {record['mfu_causal_attention']:.1%} (causal), {record['mfu_full_attention']:.1%} (full)")
+            parts.append("MFU " + _both_kinds(record, "mfu", "{:.1%}"))
         if self.bar is not None:
             self.bar.set_postfix_str(", ".join(parts), refresh=False)
             self.bar.update()
@@ -114,6 +114,12 @@ class MetricsLogger:
             self.jsonl.write(json.dumps(record | {"time": time.time()}) + "\n")
         if self.wandb is not None:
             self.wandb.log(record, step=record["iteration"])
+
+
+def _both_kinds(record: dict, key: str, form: str) -> str:
+    """By counting the query-key pairs that a causal mask leaves, and by counting all of them."""
+    causal, full = (form.format(record[f"{key}_{kind}_attention"]) for kind in ("causal", "full"))
+    return f"{causal} causal/{full} full"
 
 
 def _peak_tflops() -> float | None:
