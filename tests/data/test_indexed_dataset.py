@@ -15,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder as Mega
 from megatron.core.datasets.utils import Split
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.data import dataset_writer, indexed_dataset
 from megatron_llama3.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for_vocab_size
 from tests.data.datasets import random_documents, write_dataset
 
@@ -56,6 +57,27 @@ def test_megatron_reads_ours_and_we_read_theirs(tmp_path, dtype):
         np.testing.assert_array_equal(theirs[i], document)
         np.testing.assert_array_equal(ours.document(i), document)
     assert theirs[0].dtype == ours.document(0).dtype == dtype
+
+
+def test_chunks_of_the_index_make_no_difference(tmp_path, monkeypatch):
+    """What is done a million entries at a time, with 7 at a time."""
+    documents = random_documents(100, seed=9)
+    write_with_megatron(tmp_path / "a", [documents[:30], [], *[[document] for document in documents[30:]]], np.uint16)
+    monkeypatch.setattr(indexed_dataset, "_CHUNK", 7)
+    monkeypatch.setattr(dataset_writer, "_CHUNK", 7)
+    dataset = IndexedDataset(tmp_path / "a")
+    with IndexedDatasetWriter(tmp_path / "b", np.uint16) as writer:
+        writer.add_dataset(dataset)
+        writer.finalize()
+    for part in ("bin", "idx"):
+        assert (tmp_path / f"b.{part}").read_bytes() == (tmp_path / f"a.{part}").read_bytes()
+    index = np.fromfile(tmp_path / "a.idx", dtype=np.uint8)
+    for byte in range(34, len(index), 4):  # a damage at any border between chunks
+        index[byte] ^= 255
+        (tmp_path / "a.idx").write_bytes(index.tobytes())
+        with pytest.raises(UserError):
+            IndexedDataset(tmp_path / "a")
+        index[byte] ^= 255
 
 
 def test_megatrons_documents_of_several_sequences_or_none(tmp_path):
@@ -158,10 +180,14 @@ def test_a_damaged_dataset_is_refused_in_one_line(tmp_path, damage, message):
 def intact(tmp_path_factory):
     """A dataset with and without a sidecar: prefix, documents."""
     folder = tmp_path_factory.mktemp("fuzz")
-    documents = [np.append(document, 7) for document in random_documents(12, seed=8, longest=9)]
+    documents = [np.append(document, 7) for document in random_documents(6, seed=8, longest=9)]
     write_dataset(folder / "checked", documents, np.uint16)
-    for part in ("bin", "idx"):
-        (folder / f"plain.{part}").write_bytes((folder / f"checked.{part}").read_bytes())
+    for part in ("bin", "idx", "json"):
+        data = (folder / f"checked.{part}").read_bytes()
+        (folder / f"damaged-checked.{part}").write_bytes(data)
+        if part != "json":
+            (folder / f"plain.{part}").write_bytes(data)
+            (folder / f"damaged-plain.{part}").write_bytes(data)
     return folder, documents
 
 
@@ -175,7 +201,7 @@ def _read_all(prefix: Path) -> list[list[int]] | None:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(start=st.integers(0, 280), patch=st.binary(min_size=1, max_size=40))
+@given(start=st.integers(0, 160), patch=st.binary(min_size=1, max_size=40))
 def test_an_overwritten_index_never_reads_wrong(intact, start, patch):
     original = (intact[0] / "checked.idx").read_bytes()
     start %= len(original)
@@ -213,12 +239,8 @@ def check_damaged_index(folder: Path, documents: list[np.ndarray], damaged: byte
     """A dataset with this index is refused or reads right, with and without the checksums of a sidecar."""
     original = (folder / "checked.idx").read_bytes()
     for name in ("checked", "plain"):
-        target = folder / f"damaged-{name}"
-        for part in ("bin", "json"):
-            if (folder / f"{name}.{part}").exists():
-                Path(f"{target}.{part}").write_bytes((folder / f"{name}.{part}").read_bytes())
-        Path(f"{target}.idx").write_bytes(damaged)
-        read = _read_all(target)
+        (folder / f"damaged-{name}.idx").write_bytes(damaged)
+        read = _read_all(folder / f"damaged-{name}")
         if damaged == original:
             assert read == [document.tolist() for document in documents]
         elif name == "checked":

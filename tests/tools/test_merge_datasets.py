@@ -30,7 +30,8 @@ def shards(tmp_path):
         builder.add_document(np.arange(sum(lengths)), lengths)
     builder.finalize(str(folder / "b.idx"))
     with IndexedDatasetWriter(folder / "c", np.uint16) as writer:
-        writer.add_documents(np.arange(20), [5, 15], [[0, 10, 20], [1, 0, 30]])
+        writer.add_documents(np.arange(18), [5, 13], [[0, 10, 20], [1, 0, 30]])
+        writer.add_document(np.arange(2))
         writer.finalize({"tokenizer": "t", "shard": 3}, [{"path": "x", "unit": "bytes"}, {"path": "y", "unit": "rows"}])
     return folder
 
@@ -43,15 +44,15 @@ def test_the_bytes_are_megatrons(tmp_path, shards, monkeypatch, capsys):
     builder.finalize(str(tmp_path / "theirs.idx"))
     for part in ("bin", "idx"):
         assert (tmp_path / "out" / f"ours.{part}").read_bytes() == (tmp_path / f"theirs.{part}").read_bytes()
-    assert "45 documents" in capsys.readouterr().out
+    assert "46 documents" in capsys.readouterr().out
 
 
 def test_sources_and_notes_come_along(tmp_path, shards, monkeypatch):
     merge(monkeypatch, "--input", shards / "c", shards / "a", shards / "c", "--output-prefix", tmp_path / "ours")
     merged = IndexedDataset(tmp_path / "ours")
     assert merged.origins[:2].tolist() == [[0, 10, 20], [1, 0, 30]]
-    assert merged.origins[2:42].tolist() == [[-1, 0, 0]] * 40
-    assert merged.origins[42:].tolist() == [[2, 10, 20], [3, 0, 30]]
+    assert merged.origins[2:43].tolist() == [[-1, 0, 0]] * 41
+    assert merged.origins[43:].tolist() == [[2, 10, 20], [3, 0, 30], [-1, 0, 0]]
     assert [source["path"] for source in merged.sidecar["sources"]] == ["x", "y", "x", "y"]
     assert merged.sidecar["metadata"]["merged_from"] == ["c", "a", "c"]
 
@@ -64,7 +65,7 @@ def test_killed_in_mid_way_it_leaves_no_output_and_runs_again(tmp_path, shards, 
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     assert all(path.suffix == ".partial" for path in tmp_path.glob("out*"))
     merge(monkeypatch, "--input", shards, "--output-prefix", tmp_path / "out")
-    assert IndexedDataset(tmp_path / "out").num_documents == 45
+    assert IndexedDataset(tmp_path / "out").num_documents == 46
     assert not list(tmp_path.glob("*.partial"))
 
 
