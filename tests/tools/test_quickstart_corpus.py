@@ -35,7 +35,8 @@ def _library(folder: Path) -> Path:
 
 
 def _run(library: Path, output: Path) -> subprocess.CompletedProcess:
-    command, environment = [sys.executable, TOOL, "--library", library, "--output", output], os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
+    command = [sys.executable, TOOL, "--library", library, "--output", output]
+    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
