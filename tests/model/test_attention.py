@@ -1,0 +1,95 @@
+"""Every attention kernel against the textbook one, with documents, two ranges of queries (CP) and a batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.model.attention import KERNELS, AttentionMask, choose_kernel
+
+SEQUENCE, BATCH, HEADS, KV_HEADS, DIM = 128, 2, 4, 2, 16
+WHOLE = [(0, SEQUENCE)]
+CP_RANGES = [(32, 64), (64, 96)]
+OUTER_RANGES = [(0, 32), (96, 128)]
+
+
+def documents() -> np.ndarray:
+    """Borders that lie inside chunks, on a chunk's edge and directly after one another; the second row is one document and a rest."""
+    borders = np.zeros((BATCH, SEQUENCE), np.int32)
+    borders[0, [7, 8, 32, 50, 97]] = 1
+    borders[1, 120] = 1
+    return borders.cumsum(1).astype(np.int32)
+
+
+def tensors(ranges, dtype=torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    queries = sum(end - start for start, end in ranges)
+    shapes = [(queries, BATCH, HEADS, DIM), (SEQUENCE, BATCH, KV_HEADS, DIM), (SEQUENCE, BATCH, KV_HEADS, DIM)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def attend(name: str, ranges, ids, dtype=torch.float64):
+    q, k, v = tensors(ranges, dtype)
+    kernel = KERNELS[name]
+    out = kernel.attend(q, k, v, kernel.plan(AttentionMask(ranges, ids), BATCH))
+    return out, (q, k, v)
+
+
+def by_hand(ranges, ids) -> torch.Tensor:
+    """Query by query, in plain loops."""
+    q, k, v = (t.detach() for t in tensors(ranges))
+    positions = [p for start, end in ranges for p in range(start, end)]
+    out = torch.empty_like(q)
+    for i, p in enumerate(positions):
+        for b in range(BATCH):
+            seen = [t for t in range(p + 1) if ids is None or ids[b, t] == ids[b, p]]
+            for h in range(HEADS):
+                scores = k[seen, b, h // (HEADS // KV_HEADS)] @ q[i, b, h] / DIM**0.5
+                out[i, b, h] = scores.softmax(0) @ v[seen, b, h // (HEADS // KV_HEADS)]
+    return out
+
+
+@pytest.mark.parametrize("ids", [None, documents()], ids=["one document", "documents"])
+@pytest.mark.parametrize("ranges", [WHOLE, CP_RANGES, OUTER_RANGES], ids=str)
+def test_reference_is_what_the_definition_says(ranges, ids):
+    out, _ = attend("reference", ranges, ids)
+    torch.testing.assert_close(out, by_hand(ranges, ids))
+
+
+@pytest.mark.parametrize("ids", [None, documents()], ids=["one document", "documents"])
+@pytest.mark.parametrize("ranges", [WHOLE, CP_RANGES, OUTER_RANGES], ids=str)
+def test_sdpa_forward_and_backward(ranges, ids):
+    ours, inputs = attend("sdpa", ranges, ids)
+    theirs, reference_inputs = attend("reference", ranges, ids)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn(ours.shape, dtype=ours.dtype)
+    ours.backward(grad)
+    theirs.backward(grad)
+    for x, y in zip(inputs, reference_inputs):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("ids", [None, documents()], ids=["one document", "documents"])
+@pytest.mark.parametrize("ranges", [WHOLE, CP_RANGES], ids=str)
+def test_flex_forward(ranges, ids):
+    with torch.no_grad():
+        ours, _ = attend("flex", ranges, ids, torch.float32)
+        theirs, _ = attend("reference", ranges, ids, torch.float32)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_varlen_stretches_are_the_visible_keys():
+    """The kernel itself runs on a GPU; what it is told is checked here."""
+    (stretches,) = KERNELS["varlen"].plan(AttentionMask([(32, 64)], documents()), BATCH)
+    assert stretches.first_keys == [32, 0]
+    assert stretches.cumulative_queries.tolist() == [0, 18, 32, 64]
+    assert stretches.cumulative_keys.tolist() == [0, 18, 32, 96]
+
+
+def test_varlen_and_flex_are_refused_on_a_cpu_before_training():
+    for name in ("flex", "varlen"):
+        with pytest.raises(UserError, match=f"--attention-kernel {name}"):
+            choose_kernel(name, torch.device("cpu"), torch.float32)
+    assert choose_kernel("auto", torch.device("cpu"), torch.bfloat16) == "sdpa"
+    assert choose_kernel("auto", torch.device("cuda"), torch.bfloat16) == "varlen"
+    assert choose_kernel("auto", torch.device("cuda"), torch.float32) == "sdpa"

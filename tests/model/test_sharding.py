@@ -1,0 +1,100 @@
+"""The table of weights: counts, splits, and initial values that depend on the weight's name alone."""
+
+import hashlib
+
+import pytest
+import torch
+
+from megatron_llama3.config.model import ModelConfig, parameter_count
+from megatron_llama3.config.parallel import ParallelConfig
+from megatron_llama3.config.presets import PRESETS, preset
+from megatron_llama3.model import sharding
+from megatron_llama3.model.llama import BuildOptions, Llama
+from megatron_llama3.model.sharding import initial_weight, weight_table
+from megatron_llama3.parallel.groups import initialize_groups
+from megatron_llama3.parallel.tensor_parallel import TensorParallel
+from megatron_llama3.planning.equivalence import Trace, train_under, with_layout
+from megatron_llama3.planning.local_ranks import run_ranks
+from tests.training.layouts import AXES, config_of
+
+PUBLISHED = {
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3-405b": 405_853_388_800,
+}
+SMALL = ModelConfig(num_layers=2, hidden_size=48, ffn_hidden_size=72, num_attention_heads=12, num_query_groups=2, vocab_size=103)
+
+
+def _built_parameters(names: list[str]) -> dict[str, int]:
+    groups = initialize_groups(ParallelConfig())
+    options = BuildOptions(device=torch.device("meta"))
+    counts = {}
+    for name in names:
+        model = Llama(preset(name), TensorParallel(groups.tp), groups.cp, options=options)
+        counts[name] = sum(p.numel() for p in model.parameters())
+    return counts
+
+
+def test_parameter_counts_by_formula_by_table_as_built_and_as_published():
+    (built,) = run_ranks(1, _built_parameters, list(PRESETS))
+    for name in PRESETS:
+        by_table = sum(torch.Size(spec.shape).numel() for spec in weight_table(preset(name)).values())
+        assert parameter_count(preset(name)) == by_table == built[name], name
+    assert {name: built[name] for name in PUBLISHED} == PUBLISHED
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 12])
+def test_parts_of_an_initial_weight_make_up_the_whole(tp, monkeypatch):
+    monkeypatch.setattr(sharding, "ROWS_BLOCK_ELEMENTS", 48 * 5)  # blocks that end within a rank's rows
+    for name, spec in weight_table(SMALL).items():
+        whole = initial_weight(name, spec, seed=5)
+        parts = [initial_weight(name, spec, 5, tp, rank) for rank in range(tp)]
+        assert [tuple(p.shape) for p in parts] == [spec.local_shape(tp, rank) for rank in range(tp)]
+        dim = spec.split_dim_at(tp)
+        if dim is None:
+            assert all(torch.equal(part, whole) for part in parts), name
+        else:
+            assert torch.equal(torch.cat(parts, dim), whole), name
+
+
+def test_initial_values_differ_by_name_and_seed_and_have_the_right_spread():
+    table = weight_table(SMALL)
+    w1, w2 = "layers.0.feed_forward.w1.weight", "layers.1.feed_forward.w1.weight"
+    assert not torch.equal(initial_weight(w1, table[w1], 5), initial_weight(w2, table[w2], 5))
+    assert not torch.equal(initial_weight(w1, table[w1], 5), initial_weight(w1, table[w1], 6))
+    assert initial_weight(w1, table[w1], 5).std() == pytest.approx(0.02, rel=0.05)
+    assert initial_weight("x", table["layers.0.feed_forward.w2.weight"], 5).std() == pytest.approx(0.01, rel=0.05)
+    assert torch.equal(initial_weight("norm.weight", table["norm.weight"], 5), torch.ones(48))
+
+
+def test_kv_heads_are_whole_heads_or_replicated():
+    wk = weight_table(SMALL)["layers.0.attention.wk.weight"]
+    assert wk.local_shape(2, 1) == (4, 48)
+    assert wk.split_dim_at(4) is None
+    assert [wk.gradient_is_partial(tp, False) for tp in (1, 2, 4)] == [False, False, True]
+    norm = weight_table(SMALL)["norm.weight"]
+    assert [norm.gradient_is_partial(2, sp) for sp in (False, True)] == [False, True]
+
+
+def fingerprint(trace: Trace) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(trace.weights):
+        digest.update(name.encode() + trace.weights[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.slow
+def test_initialisation_hashes_the_same_under_every_layout():
+    row = {axis: values[0] for axis, values in AXES.items()} | {"pp": 2, "kv_heads": 2}
+    config = config_of({**row, "pp": 1}, "fp32")
+    config.model = config_of(row, "fp32").model
+    layouts = [
+        {"world_size": 1},
+        {"world_size": 4, "tensor_model_parallel_size": 4, "sequence_parallel": True},
+        {"world_size": 8, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+        {"world_size": 2, "context_parallel_size": 2},
+        {"world_size": 3},
+    ]
+    assert len({fingerprint(train_under(with_layout(config, **layout), 0)) for layout in layouts}) == 1
