@@ -103,7 +103,8 @@ def print_summary(dataset: IndexedDataset) -> None:
         print(f"lengths      mean {dataset.num_tokens / dataset.num_documents:,.1f}, ", end="")
         print(", ".join(f"{name} {value:,}" for name, value in zip(names, values.tolist())))
     for key, value in (dataset.sidecar or {}).get("metadata", {}).items():
-        print(f"{key:12} {value}")
+        for name, entry in value.items() if isinstance(value, dict) else [("", value)]:
+            print(f"{key:12} {name} {entry}".rstrip()[:140])
     sources = (dataset.sidecar or {}).get("sources", [])
     for source in sources[:5]:
         print(f"source       {source['path']} ({source['unit']})")

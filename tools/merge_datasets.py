@@ -49,7 +49,7 @@ def find_prefixes(inputs: list[str]) -> list[str]:
 def merge(prefixes: list[str], output_prefix: str) -> None:
     """Writes the concatenation of the datasets. Raises UserError where they do not fit together or one is damaged."""
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    metadata = common_metadata(datasets)
+    vocabulary = tokenizer_of(datasets)
     sources: list[dict] = []
     with (
         IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer,
@@ -59,20 +59,23 @@ def merge(prefixes: list[str], output_prefix: str) -> None:
             writer.add_dataset(dataset, first_source=len(sources))
             sources += dataset.sidecar["sources"] if dataset.sidecar else []
             bar.update(dataset.num_tokens)
-        writer.finalize({**metadata, "merged_from": [Path(prefix).name for prefix in prefixes]}, sources)
+        job = {"--tokenizer-model": vocabulary} if vocabulary else {}
+        writer.finalize({"job": job, "merged_from": [Path(prefix).name for prefix in prefixes]}, sources)
     print(f"{output_prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens from {len(prefixes)} datasets")
 
 
-def common_metadata(datasets: list[IndexedDataset]) -> dict:
-    """What the sidecars agree on. Raises UserError where the datasets came from different tokenizers."""
-    notes = [(dataset.prefix, dataset.sidecar["metadata"]) for dataset in datasets if dataset.sidecar]
-    first_with: dict[str, tuple[str, object]] = {}
-    for prefix, metadata in notes:
-        for key, value in metadata.items():
-            first_prefix, first_value = first_with.setdefault(key, (prefix, value))
-            if key.startswith("tokenizer") and value != first_value:
-                raise UserError(f"{prefix} was made with {key} {value}, {first_prefix} with {first_value}; remake one of them")
-    return {key: value for key, (_, value) in first_with.items() if all(metadata.get(key) == value for _, metadata in notes)}
+def tokenizer_of(datasets: list[IndexedDataset]) -> str | None:
+    """The hash of the vocabulary that made the datasets, as preprocess_data.py notes it. Raises UserError where they differ."""
+    first: tuple[str, str] | None = None
+    for dataset in datasets:
+        notes = dataset.sidecar["metadata"].get("job", {}) if dataset.sidecar else {}
+        vocabulary = notes.get("--tokenizer-model")
+        if vocabulary is None:
+            continue
+        first = first or (dataset.prefix, vocabulary)
+        if vocabulary != first[1]:
+            raise UserError(f"{dataset.prefix} was made with tokenizer {vocabulary:.16}, {first[0]} with {first[1]:.16}; remake one")
+    return first[1] if first else None
 
 
 if __name__ == "__main__":

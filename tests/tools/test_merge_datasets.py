@@ -32,7 +32,8 @@ def shards(tmp_path):
     with IndexedDatasetWriter(folder / "c", np.uint16) as writer:
         writer.add_documents(np.arange(18), [5, 13], [[0, 10, 20], [1, 0, 30]])
         writer.add_document(np.arange(2))
-        writer.finalize({"tokenizer": "t", "shard": 3}, [{"path": "x", "unit": "bytes"}, {"path": "y", "unit": "rows"}])
+        sources = [{"path": "x", "unit": "bytes"}, {"path": "y", "unit": "rows"}]
+        writer.finalize({"job": {"--tokenizer-model": "t", "--shard-id": 3}}, sources)
     return folder
 
 
@@ -54,7 +55,7 @@ def test_sources_and_notes_come_along(tmp_path, shards, monkeypatch):
     assert merged.origins[2:43].tolist() == [[-1, 0, 0]] * 41
     assert merged.origins[43:].tolist() == [[2, 10, 20], [3, 0, 30], [-1, 0, 0]]
     assert [source["path"] for source in merged.sidecar["sources"]] == ["x", "y", "x", "y"]
-    assert merged.sidecar["metadata"]["merged_from"] == ["c", "a", "c"]
+    assert merged.sidecar["metadata"] == {"job": {"--tokenizer-model": "t"}, "merged_from": ["c", "a", "c"]}
 
 
 def test_killed_in_mid_way_it_leaves_no_output_and_runs_again(tmp_path, shards, monkeypatch):
@@ -77,7 +78,7 @@ def _break_bits(shards):
 
 def _other_tokenizer(shards):
     with IndexedDatasetWriter(shards / "d", np.uint16) as writer:
-        writer.finalize({"tokenizer": "u"})
+        writer.finalize({"job": {"--tokenizer-model": "u"}})
 
 
 @pytest.mark.parametrize(
