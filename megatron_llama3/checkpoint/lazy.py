@@ -16,7 +16,7 @@ import torch
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 8 << 20
 
 # A read-only mapping gives a read-only tensor; torch warns once about it, and nothing here writes to one.
 warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")

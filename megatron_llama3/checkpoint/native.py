@@ -5,6 +5,7 @@ Training saves and loads the same files through torch.distributed.checkpoint (ch
 
 import json
 import math
+import mmap
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource, cast, map_file
 from megatron_llama3.checkpoint.names import check_weights
-from megatron_llama3.checkpoint.native_metadata import read_metadata, write_metadata
+from megatron_llama3.checkpoint.native_metadata import StoredChunk, StoredTensor, stored_tensors, write_metadata
 from megatron_llama3.checkpoint.publish import write_in_parallel
 from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets, write_tokenizer
 from megatron_llama3.checkpoint.torch_archive import read_archive, write_archive
@@ -37,7 +38,7 @@ def resolve_native(path: str | Path) -> Path:
         if not (path / ".metadata").is_file():
             raise UserError(f"{path}: no native checkpoint (neither {LATEST_FILE} nor .metadata is there)")
         return path
-    text = latest.read_text().strip()
+    text = latest.read_text(errors="replace").strip()
     if not text.isdecimal():
         raise UserError(f"{latest}: {text[:40]!r} is not an iteration number")
     folder = path / f"iter_{int(text):07d}"
@@ -68,28 +69,20 @@ def open_native(path: str | Path) -> WeightSource:
 
 def open_native_tensors(folder: Path, prefix: str = "") -> dict[str, LazyTensor]:
     """Every tensor of one iteration whose DCP key starts with `prefix`, by that key."""
-    metadata = read_metadata(folder)
-    positions = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
-    mappings: dict[str, object] = {}
+    mappings: dict[Path, mmap.mmap] = {}
     tensors = {}
-    for key, entry in metadata.state_dict_metadata.items():
-        if not key.startswith(prefix) or not hasattr(entry, "chunks"):
-            continue
+    for key, stored in stored_tensors(folder, prefix).items():
         chunks = []
-        for chunk in entry.chunks:
-            info = positions.get((key, tuple(chunk.offsets)))
-            if info is None or Path(info.relative_path).name != info.relative_path:
-                raise UserError(f"{folder}: .metadata has no place for {key} at {list(chunk.offsets)}")
-            path = folder / info.relative_path
-            if not path.is_file():
-                raise UserError(f"{path}: the file is missing")
-            if path.name not in mappings:
-                mappings[path.name] = map_file(path)
-            end, size = info.offset + info.length, len(mappings[path.name])
+        for chunk in stored.chunks:
+            if chunk.path not in mappings:
+                if not chunk.path.is_file():
+                    raise UserError(f"{chunk.path}: the file is missing")
+                mappings[chunk.path] = map_file(chunk.path)
+            end, size = chunk.offset + chunk.length, len(mappings[chunk.path])
             if end > size:
-                raise UserError(f"{path}: truncated: {key} ends at byte {end}, the file has {size}")
-            chunks.append((tuple(chunk.offsets), tuple(chunk.sizes), _OnDemand(mappings[path.name], path, info.offset, info.length)))
-        tensors[key] = _assemble(key, tuple(entry.size), entry.properties.dtype, chunks, folder)
+                raise UserError(f"{chunk.path}: truncated: {key} ends at byte {end}, the file has {size}")
+            chunks.append(_Chunk(mappings[chunk.path], chunk, stored.dtype))
+        tensors[key] = _assemble(stored, chunks)
     return tensors
 
 
@@ -130,47 +123,39 @@ def _files(tensors: dict[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
     return [file for file in files if file]
 
 
-class _OnDemand:
+class _Chunk:
     """One stored chunk, whose zip is parsed on first use: 405B has thousands."""
 
-    def __init__(self, mapping, path: Path, offset: int, length: int):
-        self._mapping, self._path, self._offset, self._length = mapping, path, offset, length
+    def __init__(self, mapping: mmap.mmap, place: StoredChunk, dtype: torch.dtype):
+        self.place = place
+        self._mapping, self._dtype = mapping, dtype
         self._tensor: LazyTensor | None = None
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.tensor().rows(start, stop)
-
-    def tensor(self) -> LazyTensor:
+        """Raises UserError where the bytes are not the tensor that `.metadata` announces."""
+        place = self.place
         if self._tensor is None:
-            content = read_archive(self._mapping, self._path, self._offset, self._length)
-            if not isinstance(content, LazyTensor):
-                raise UserError(f"{self._path}: no tensor at byte {self._offset}")
+            content = read_archive(self._mapping, place.path, place.offset, place.length)
+            if not isinstance(content, LazyTensor) or content.shape != place.sizes or content.dtype != self._dtype:
+                found = f"{list(content.shape)} {content.dtype}" if isinstance(content, LazyTensor) else "no tensor"
+                raise UserError(f"{place.path}: byte {place.offset} has {found}, .metadata says {list(place.sizes)} {self._dtype}")
             self._tensor = content
-        return self._tensor
+        return self._tensor.rows(start, stop)
 
 
-def _assemble(key: str, shape: tuple[int, ...], dtype: torch.dtype, chunks: list, folder: Path) -> LazyTensor:
-    """A tensor from its chunks, which any layout may have cut along any dimensions. Raises UserError where they do not cover it."""
-    if sum(math.prod(sizes) for _, sizes, _ in chunks) != math.prod(shape):
-        raise UserError(f"{folder}: the chunks of {key} do not cover its shape {list(shape)}")
+def _assemble(stored: StoredTensor, chunks: list[_Chunk]) -> LazyTensor:
+    """A tensor from its chunks, which any layout may have cut along any dimensions."""
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        first = chunks[0]
         if len(chunks) == 1:
-            return _checked(first[2], first[1], dtype, key, folder).rows(start, stop)
-        whole = torch.empty(stop - start, *shape[1:], dtype=dtype)
-        for offsets, sizes, stored in chunks:
+            return chunks[0].rows(start, stop)
+        whole = torch.empty(stop - start, *stored.shape[1:], dtype=stored.dtype)
+        for chunk in chunks:
+            offsets, sizes = chunk.place.offsets, chunk.place.sizes
             low, high = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
             if low < high:
-                place = (slice(low - start, high - start), *(slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:])))
-                whole[place] = _checked(stored, sizes, dtype, key, folder).rows(low - offsets[0], high - offsets[0])
+                others = (slice(offset, offset + size) for offset, size in zip(offsets[1:], sizes[1:]))
+                whole[(slice(low - start, high - start), *others)] = chunk.rows(low - offsets[0], high - offsets[0])
         return whole
 
-    return LazyTensor(shape, dtype, rows)
-
-
-def _checked(stored: _OnDemand, sizes: tuple[int, ...], dtype: torch.dtype, key: str, folder: Path) -> LazyTensor:
-    tensor = stored.tensor()
-    if tensor.shape != sizes or tensor.dtype != dtype:
-        raise UserError(f"{folder}: {key} is stored as {list(tensor.shape)} {tensor.dtype}, .metadata says {list(sizes)} {dtype}")
-    return tensor
+    return LazyTensor(stored.shape, stored.dtype, rows)

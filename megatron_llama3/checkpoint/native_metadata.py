@@ -5,6 +5,8 @@ It is a pickle. `read_metadata` admits only the types that describe tensors; `Sa
 
 import pathlib
 import pickle
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -37,6 +39,56 @@ def read_metadata(folder: Path) -> metadata.Metadata:
     if not isinstance(content, metadata.Metadata):
         raise UserError(f"{path}: holds no checkpoint metadata")
     return content
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A rectangle of a tensor, and the file and bytes that hold it as torch.save wrote it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: list[StoredChunk]
+
+
+def stored_tensors(folder: Path, prefix: str = "") -> dict[str, StoredTensor]:
+    """Every tensor whose key starts with `prefix`, checked: chunks lie within it and are as many elements as it has.
+
+    Raises UserError as `read_metadata` does, and for a table of contents that contradicts itself or leaves the folder.
+    """
+    content = read_metadata(folder)
+    try:
+        places = {(index.fqn, tuple(index.offset or ())): info for index, info in content.storage_data.items()}
+        return {
+            key: _stored_tensor(key, entry, places, Path(folder))
+            for key, entry in content.state_dict_metadata.items()
+            if key.startswith(prefix) and not isinstance(entry, metadata.BytesStorageMetadata)
+        }
+    except (AttributeError, TypeError, ValueError) as error:  # fields missing or of other types
+        raise UserError(f"{folder}/{METADATA_FILE}: damaged ({error})") from None
+
+
+def _stored_tensor(key: str, entry: metadata.TensorStorageMetadata, places: dict, folder: Path) -> StoredTensor:
+    shape, chunks = tuple(entry.size), []
+    for chunk in entry.chunks:
+        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        info = places.get((key, offsets))
+        if info is None or Path(info.relative_path).name != info.relative_path or info.offset < 0 or info.length < 0:
+            raise UserError(f"{folder}: {METADATA_FILE} has no place in this folder for {key} at {list(offsets)}")
+        if any(not 0 <= start <= start + size <= whole for start, size, whole in zip(offsets, sizes, shape, strict=True)):
+            raise UserError(f"{folder}: a chunk of {key} at {list(offsets)} of {list(sizes)} leaves its shape {list(shape)}")
+        chunks.append(StoredChunk(offsets, sizes, folder / info.relative_path, info.offset, info.length))
+    if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape) or not isinstance(entry.properties.dtype, torch.dtype):
+        raise UserError(f"{folder}: the chunks of {key} do not cover its shape {list(shape)}")
+    return StoredTensor(entry.properties.dtype, shape, chunks)
 
 
 def write_metadata(folder: Path, chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int, int]]) -> None:

@@ -63,20 +63,24 @@ def read_archive(mapping: mmap.mmap, where: object, start: int = 0, length: int 
     region = _Region(mapping, start, len(mapping) - start if length is None else length)
     try:
         members = {info.filename.split("/", 1)[-1]: info for info in zipfile.ZipFile(region).infolist()}
-        data_pkl = members["data.pkl"]
-    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError):
+        pickled = _member_bytes(region, members["data.pkl"])
+        order = _member_bytes(region, members["byteorder"]) if "byteorder" in members else b"little"
+    except Exception:  # a damaged zip raises nearly anything
         raise UserError(f"{where}: truncated, or not a file that torch.save wrote") from None
+    if order != b"little":
+        raise UserError(f"{where}: written on a big-endian machine, or damaged")
 
     def storage(token: tuple) -> tuple[torch.dtype, int, int]:
         kind, dtype, key, _, elements = token
         info = members.get(f"data/{key}")
-        if kind != "storage" or info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size < elements * dtype.itemsize:
+        if kind != "storage" or info is None or not 0 <= elements * dtype.itemsize <= info.file_size:
             raise ValueError(f"storage {key} is missing or shorter than the {elements} elements that it should hold")
         return dtype, start + _data_offset(region, info), elements
 
     def rebuild(source, offset, shape, stride, *_):
         dtype, position, elements = source
-        if (prod(shape) and tuple(stride) != _contiguous(shape)) or offset + prod(shape) > elements:
+        inside = offset >= 0 and min(shape, default=0) >= 0 and offset + prod(shape) <= elements
+        if not inside or (prod(shape) and tuple(stride) != _contiguous(shape)):
             raise ValueError(f"a tensor of shape {tuple(shape)}, stride {tuple(stride)} is not contiguous or leaves its storage")
         return from_mapping(mapping, position + offset * dtype.itemsize, tuple(shape), dtype)
 
@@ -84,8 +88,7 @@ def read_archive(mapping: mmap.mmap, where: object, start: int = 0, length: int 
     allowed[("torch._utils", "_rebuild_tensor_v2")] = rebuild
     allowed[("torch._utils", "_rebuild_parameter")] = lambda tensor, *_: tensor
     allowed[("collections", "OrderedDict")] = collections.OrderedDict
-    with zipfile.ZipFile(region).open(data_pkl) as member:
-        return unpickle(member.read(), allowed, where, storage)
+    return unpickle(pickled, allowed, where, storage)
 
 
 def write_archive(file: BinaryIO, tensors: Mapping[str, LazyTensor] | LazyTensor) -> None:
@@ -148,12 +151,23 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _data_offset(region: "_Region", info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes start: behind its local header, whose name and extra field have lengths of their own."""
+    """Where a member's bytes start: behind its local header, whose name and extra field have lengths of their own.
+
+    Raises ValueError for a compressed member and for one that leaves the file.
+    """
     region.seek(info.header_offset)
     header = region.read(30)
-    if len(header) < 30 or header[:4] != b"PK\3\4":
-        raise ValueError(f"{info.filename} has no local header")
-    return info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    if len(header) < 30 or header[:4] != b"PK\3\4" or info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} has no local header, or is compressed")
+    offset = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    if offset + info.file_size > region.seek(0, io.SEEK_END):
+        raise ValueError(f"{info.filename} leaves the file")
+    return offset
+
+
+def _member_bytes(region: "_Region", info: zipfile.ZipInfo) -> bytes:
+    region.seek(_data_offset(region, info))
+    return region.read(info.file_size)
 
 
 class _Region(io.RawIOBase):

@@ -50,11 +50,11 @@ def test_real_model_equals_transformers_reading(smollm2, exported):
     assert "Paris" in tokenizer.decode(ours.generate(**tokens, do_sample=False, max_new_tokens=8)[0])
 
 
-def test_exported_tokenizer_cuts_text_as_smollm2_does(smollm2, exported):
+def test_exported_tokenizer_cuts_text_as_smollm2_does(smollm2):
     """Ids written down from HuggingFaceTB/SmolLM2-135M-Instruct's rules: digits one by one, GPT-2's pieces, control tokens whole."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
+    tokenizer = Tokenizer.from_str(open_gguf(smollm2).assets["tokenizer.json"].decode())
     text = "<|im_start|>user\nIn 2024, it's naïve — 日本\tx  y<|im_end|>"
     encoding = tokenizer.encode(text)
     assert tokenizer.decode(encoding.ids, skip_special_tokens=False) == text

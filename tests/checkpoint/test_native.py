@@ -116,7 +116,7 @@ def test_file_outside_the_folder_is_refused(native):
     for index, info in metadata.storage_data.items():
         metadata.storage_data[index] = type(info)("../" + info.relative_path, info.offset, info.length)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match="has no place for"):
+    with pytest.raises(UserError, match="has no place in this folder for"):
         open_native(native)
 
 
