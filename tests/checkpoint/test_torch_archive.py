@@ -79,3 +79,19 @@ def test_pickle_bomb_names_the_global(tmp_path):
         archive.writestr("archive/data.pkl", pickle.dumps(os.system, protocol=2))
     with pytest.raises(UserError, match=r"it asks for (posix|nt)\.system"):
         read_archive(map_file(tmp_path / "x.pth"), "x.pth")
+
+
+@pytest.mark.full
+def test_more_than_four_gigabytes(tmp_path):
+    """Sizes and offsets beyond 32 bits: torch and this reader find a tensor behind a 4.4 GB one, and the end of that one."""
+    block = torch.arange(1 << 20, dtype=torch.int16).view(torch.bfloat16)
+    big = LazyTensor((2200, 1 << 20), torch.bfloat16, lambda start, stop: block.expand(stop - start, -1))
+    with open(tmp_path / "x.pth", "wb") as file:
+        write_archive(file, {"big": big, "small": from_tensor(TENSORS["a"])})
+    read = torch.load(tmp_path / "x.pth", weights_only=True, mmap=True)
+    ours = read_archive(map_file(tmp_path / "x.pth"), "x.pth")
+    assert torch.equal(read["small"], TENSORS["a"])
+    assert torch.equal(ours["small"].read(), TENSORS["a"])
+    for row in (0, 2199):
+        assert torch.equal(read["big"][row].view(torch.int16), block.view(torch.int16))
+        assert torch.equal(ours["big"].rows(row, row + 1)[0].view(torch.int16), block.view(torch.int16))
