@@ -59,28 +59,32 @@ def preprocess(options: PreprocessOptions) -> tuple[Summary, list[str]]:
     _check(options, sources)
     tokenizer = load_tokenizer(options.tokenizer_model)
     description = _describe(options, sources, tokenizer)
-    folder = JobFolder(options.prefix)
     outputs = [f"{options.prefix}_{key}_document" for key in options.json_keys]
-    if (done := _already_done(outputs, description)) is not None:
+    with JobFolder(options.prefix) as folder:
+        if (done := _already_done(outputs, description)) is None:
+            try:
+                done = _run_job(options, sources, tokenizer, description, folder)
+            except OSError as error:
+                raise UserError(f"cannot write {error.filename or options.prefix}: {error.strerror}; {_RESUME}") from error
         folder.remove()
-        return done, outputs
+    return done, outputs
+
+
+def _run_job(options: PreprocessOptions, sources: list[Source], tokenizer: Tokenizer, description: dict, folder: JobFolder) -> Summary:
     spec = _shard_spec(options, tokenizer, str(folder.path))
     unit_bytes = folder.open_job(description, unit_bytes_for(sources, options.workers, options.num_shards))
     planned = partial(plan_units, sources, unit_bytes, options.num_shards, options.shard_id)
     units = _spooled(folder, sources) if sources[0].path == "-" else list(planned())
+    progress = Progress(sum(unit.size for unit in units) if isinstance(units, list) else None, options.log_interval)
     bulk = BulkTokenizer(tokenizer, options.parse_special_tokens)
     pool = WorkerPool(options.workers, partial(ShardMaker, spec, sources, bulk), folder)
     try:
-        progress = Progress(sum(unit.size for unit in units) if isinstance(units, list) else None, options.log_interval)
         with Assembler(folder, options.prefix, spec, sources) as assembler, progress:
             _run(iter(units), pool, folder, assembler, progress, sources)
             assembler.finalize({"job": description, "summary": asdict(assembler.summary)})
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or options.prefix}: {error.strerror}; {_RESUME}") from error
     finally:
         pool.close()
-    folder.remove()
-    return assembler.summary, outputs
+    return assembler.summary
 
 
 def _check(options: PreprocessOptions, sources: list[Source]) -> None:
@@ -165,7 +169,7 @@ class WorkerPool:
 
     def _child(self, connection: Connection, maker_of: partial, folder: JobFolder, parent: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        folder.release_in_child()
+        folder.release()
         for other in self._processes:
             other.close()
         serve(connection, maker_of, parent)

@@ -91,10 +91,44 @@ def open_source(path: str, compression: str) -> io.BufferedIOBase:
     if compression == ".gz":
         return gzip.open(path, "rb")
     if compression == ".zst":
+        return io.BufferedReader(ZstandardReader(path), 1 << 20)
+    return open(path, "rb")
+
+
+class ZstandardReader(io.RawIOBase):
+    """A .zst file of any number of frames. zstandard's own reader ends in silence where the file is cut off; this one raises EOFError."""
+
+    def __init__(self, path: str):
         import zstandard
 
-        return zstandard.open(path, "rb")
-    return open(path, "rb")
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._context = zstandard.ZstdDecompressor()
+        self._frame = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(16 << 10)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._frame = self._frame or self._context.decompressobj()
+            self._output = self._frame.decompress(self._input)
+            self._input = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        taken = self._output[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._output = self._output[len(taken) :]
+        return len(taken)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def decompression_errors() -> tuple[type[Exception], ...]:

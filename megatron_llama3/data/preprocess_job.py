@@ -25,11 +25,11 @@ _ASSEMBLY_BYTES = 16 << 20
 
 
 class JobFolder:
-    """PREFIX.preprocess, locked for as long as this object (or its process) lives."""
+    """PREFIX.preprocess, locked while in its `with`. Left without `remove`, it stays for a later run to continue."""
 
     def __init__(self, prefix: str):
         self.path = Path(f"{prefix}.preprocess")
-        self._lock = self._locked_folder()
+        self._lock: int | None = self._locked_folder()
 
     def _locked_folder(self) -> int:
         while True:
@@ -48,9 +48,17 @@ class JobFolder:
                 return descriptor
             os.close(descriptor)
 
-    def release_in_child(self) -> None:
-        """For a forked worker: the lock must end with the parent alone."""
-        os.close(self._lock)
+    def __enter__(self) -> "JobFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the lock. A forked worker does so at once: the lock must end with the parent."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def open_job(self, description: dict, unit_bytes: int) -> int:
         """Starts or continues the job; returns the size of its units. Raises UserError where another, unfinished job is here."""
@@ -80,8 +88,8 @@ class JobFolder:
         return all(_bytes_and_crc(self.path / name) == expected for name, expected in stats.files.items())
 
     def remove(self) -> None:
+        """For a job that is done."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
 
 
 def _bytes_and_crc(path: Path) -> list[int]:

@@ -65,12 +65,12 @@ def line_blocks(stream: io.BufferedIOBase, start: int, end: int) -> Iterator[tup
     while position < end:
         chunk = stream.read(BLOCK_BYTES)
         pending += chunk
-        if not chunk:
-            if pending:
-                yield position, pending
+        if not pending:
             return
         cut = pending.find(b"\n", end - position - 1) + 1 if len(pending) >= end - position else 0
         cut = cut or pending.rfind(b"\n", 0, end - position) + 1
+        if not cut and not chunk:  # the file ends without a newline
+            cut = len(pending)
         if cut:
             yield position, pending[:cut]
             position, pending = position + cut, pending[cut:]
@@ -120,15 +120,16 @@ def stream_json(chunks: Iterator[bytes], keys: Collection[str]) -> Iterator[tupl
                         yield key, None
                 continue
             position, piece, closed = _string_piece(buffer, position)
-            text = _decode(piece)
+            text = parse_json(b'"%b"' % piece)
             if wanted:
+                _check_text(key, text)
                 yield key, text
             elif kept + len(piece) <= _MAX_OTHER_STRING:
                 skeleton += piece
                 kept += len(piece)
             if closed:
                 if depth == 1 and before in b"{,":
-                    key = _decode(bytes(skeleton[string_start:]))
+                    key = parse_json(b'"%b"' % bytes(skeleton[string_start:]))
                 skeleton += b'"'
                 before, in_string = b'"', False
             else:
@@ -160,15 +161,8 @@ def _string_piece(buffer: bytes, position: int) -> tuple[int, bytes, bool]:
     return stop, buffer[position:stop], False
 
 
-def _decode(piece: bytes) -> str:
-    try:
-        return orjson.loads(b'"%b"' % piece)
-    except orjson.JSONDecodeError:
-        raise BadRecordError(describe_bad_json(b'"%b"' % piece)) from None
-
-
 def parse_json(line: bytes) -> object:
-    """One JSON value. NaN and Infinity, which Python's own writer produces, are let through as Python's own reader does."""
+    """One JSON value. NaN, Infinity and lone surrogates, which Python's own writer produces, are let through as its reader does."""
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -191,7 +185,7 @@ def describe_bad_json(line: bytes) -> str:
         return f"broken JSON: {error.msg} at character {error.pos}"
     except RecursionError:
         return "broken JSON: nested too deeply"
-    return "lone surrogate in a string"
+    return "broken JSON"
 
 
 def check_record(record: object, keys: Collection[str], may_be_empty: bool = False) -> None:
@@ -206,7 +200,11 @@ def check_record(record: object, keys: Collection[str], may_be_empty: bool = Fal
             raise BadRecordError(f"wrong type: {key!r} is {type(text).__name__}, not a string")
         if not text and not may_be_empty:
             raise BadRecordError(f"empty text in {key!r}")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BadRecordError(f"lone surrogate in {key!r}") from None
+        _check_text(key, text)
+
+
+def _check_text(key: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRecordError(f"lone surrogate in {key!r}") from None

@@ -34,11 +34,11 @@ def _lines(stream, start, end):
 
 
 @settings(max_examples=300, deadline=None)
-@given(lines=LINES, cuts=st.lists(st.integers(0, 400)), end=st.booleans())
-def test_ranges_share_the_lines_without_loss_or_repeat(lines, cuts, end):
+@given(lines=LINES, cuts=st.lists(st.integers(0, 400)), end=st.booleans(), block=st.sampled_from([7, 1000]))
+def test_ranges_share_the_lines_without_loss_or_repeat(lines, cuts, end, block):
     data = b"\n".join(lines) + (b"\n" if end else b"")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocess_lines, "BLOCK_BYTES", 7)
+        patch.setattr(preprocess_lines, "BLOCK_BYTES", block)
         patch.setattr(preprocess_lines, "LONG_LINE_BYTES", 20)
         borders = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
         found = [line for start, stop in itertools.pairwise(borders) for line in _lines(io.BytesIO(data), start, stop)]
