@@ -206,6 +206,8 @@ def _engine_and_dtype(config: "RunConfig") -> Iterator[str]:
     stages = parallel.pipeline_model_parallel_size
     if parallel.zero_stage in (2, 3) and stages > 1:
         yield f"--zero-stage {parallel.zero_stage} cannot run with --pipeline-model-parallel-size {stages}: use --zero-stage 1"
+    if parallel.zero_stage == 3 and parallel.compile_blocks:
+        yield "--zero-stage 3 cannot run with --compile-blocks: compiled code reads weights before its hooks gather them"
     if optimizer.fp64:
         yield "--engine deepspeed cannot run with --fp64: use --engine fsdp"
 

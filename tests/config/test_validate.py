@@ -75,6 +75,7 @@ REFUSED = [
     ("--engine deepspeed --zero-stage 4", ["--zero-stage 4"]),
     ("--engine deepspeed --zero-stage 0", ["--zero-stage 0"]),
     ("--engine deepspeed --fp64", ["deepspeed", "--fp64"]),
+    ("--engine deepspeed --zero-stage 3 --compile-blocks", ["--zero-stage 3", "--compile-blocks"]),
     (_PP2 + "--engine deepspeed --zero-stage 3", ["--zero-stage 3", "--pipeline-model-parallel-size 2"]),
     ("--num-layers 0", ["--num-layers 0"]),
     ("--lr -1", ["--lr -1"]),
