@@ -76,13 +76,15 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[str]:
         speeds = " | ".join(f"{gigabytes / median(run.seconds for run in runs):.2f}" for runs in (copies, times))
         work = " | ".join(f"{median(run.cpu_seconds for run in runs):.1f}" for runs in (copies, times))
         rows.append(f"| {name} | {speeds} | {ratio:.2f} | {work} | {max(run.peak_bytes for run in times) / 1e6:.0f} |")
+        print(rows[-1], flush=True)
     columns = ("conversion", "cp, GB/s", "conversion, GB/s", "conversion / cp", "cp, CPU s", "conversion, CPU s", "peak memory, MB")
     header = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return [*title(arguments, gigabytes), *header, *rows]
 
 
 def title(arguments: argparse.Namespace, gigabytes: float) -> list[str]:
-    command = " ".join(["python benchmarks/convert.py", f"--layers {arguments.layers} --rounds {arguments.rounds}"])
+    sizes = f"--layers {arguments.layers} --vocab-size {arguments.vocab_size} --rounds {arguments.rounds}"
+    command = f"python benchmarks/convert.py {sizes}" + (f" --folder {arguments.folder}" if arguments.folder else "")
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.0f} during the run"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return [

@@ -62,9 +62,15 @@ def open_native(path: str | Path) -> WeightSource:
     return WeightSource(
         config.model,
         {name: tensors[name] for name in shapes},
-        tokenizer_assets(kept) if kept.is_dir() else {},
+        tokenizer_assets(kept) if kept.is_dir() else _tokenizer_of_run(config),
         json.loads(generation.read_bytes()) if generation.is_file() else {},
     )
+
+
+def _tokenizer_of_run(config: RunConfig) -> dict[str, bytes]:
+    """The tokenizer that the run was trained with, where it still lies where the run config says."""
+    path = config.data.tokenizer_model
+    return tokenizer_assets(Path(path)) if path and Path(path).exists() else {}
 
 
 def open_native_tensors(folder: Path, prefix: str = "") -> dict[str, LazyTensor]:

@@ -24,9 +24,8 @@ def tokenizer_assets(path: Path) -> dict[str, bytes]:
         return {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file or folder")
-    if path.name not in _FILES:
-        raise UserError(f"{path}: a tokenizer is a tokenizer.model, a tokenizer.json or a folder with one")
-    return {path.name: path.read_bytes()}
+    name = _HF_FORM if path.suffix == ".json" else _META_FORM  # as load_tokenizer tells them apart
+    return {name: path.read_bytes()}
 
 
 def with_tokenizer(source: WeightSource, path: str | Path | None, chat_template: str | None = None) -> WeightSource:

@@ -78,6 +78,16 @@ def test_tokenizer_and_token_ids_are_kept(make_hf, tmp_path):
     assert open_hf(tmp_path / "out").generation["eos_token_id"] == [7, 8]
 
 
+def test_tokenizer_of_a_training_run_is_found(native, tmp_path):
+    """Training keeps no copy: its run config names the file, under any name."""
+    (tmp_path / "vocabulary.tiktoken").write_text("x")
+    shutil.rmtree(native / "iter_0000000" / "tokenizer")
+    config = native / "iter_0000000" / "run_config.yaml"
+    assert open_native(native).assets == {}
+    config.write_text(config.read_text().replace("tokenizer_model: null", f"tokenizer_model: {tmp_path / 'vocabulary.tiktoken'}"))
+    assert open_native(native).assets == {"tokenizer.model": b"x"}
+
+
 class Poison:
     def __init__(self, marker):
         self.marker = marker
