@@ -21,6 +21,11 @@ from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.training.build import build_engine
 from megatron_llama3.training.engine import Engine
 
+BOUNDS = {
+    "fp64": {"loss": 1e-10, "norm": 1e-10, "gradient": 1e-10, "later_norms": 1e-10, "weight": 1e-8, "copies": 0.0},
+    "fp32": {"loss": 1e-6, "norm": 1e-6, "gradient": 1e-5, "copies": 0.0},
+}
+
 
 @dataclass
 class Trace:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatron_llama3.planning.equivalence import compare, train_under
+from megatron_llama3.planning.equivalence import BOUNDS, compare, train_under
 from megatron_llama3.planning.faults import FAULTS
 from tests.training.layouts import Row, config_of
-from tests.training.test_equivalence import BOUNDS, PLAIN, reference
+from tests.training.test_equivalence import PLAIN, reference
 
 ROWS: dict[str, Row] = {
     name: {**PLAIN, **row}

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import pytest
 
 from megatron_llama3.config.run import RunConfig
-from megatron_llama3.planning.equivalence import Difference, Trace, compare, one_process, train_under
+from megatron_llama3.planning.equivalence import BOUNDS, Difference, Trace, compare, one_process, train_under
 from tests.training.layouts import (
     AXES,
     DEEPSPEED_AXES,
@@ -34,10 +34,6 @@ MATRIX = matrix()
 DEEPSPEED = matrix(DEEPSPEED_AXES, pool=1000) if find_spec("deepspeed") else []
 SAMPLE = MATRIX[:8] + DEEPSPEED[:2]
 PLAIN: Row = {axis: values[0] for axis, values in AXES.items()}
-BOUNDS = {
-    "fp64": {"loss": 1e-10, "norm": 1e-10, "gradient": 1e-10, "later_norms": 1e-10, "weight": 1e-8, "copies": 0.0},
-    "fp32": {"loss": 1e-6, "norm": 1e-6, "gradient": 1e-5, "copies": 0.0},
-}
 
 _references: dict[str, Trace] = {}
 
