@@ -2,9 +2,10 @@
 
     python benchmarks/preprocess.py --megabytes 200 --workers 1 2 [--save]
 
-The corpus is real text that any machine has: the distinct files of Python's standard library and site-packages. Every measurement is a fresh
-process, so that no cache has seen the text; libraries are timed on texts already in memory, without their start; the tool's time is that of
-its whole process: start, reading, JSON, tokenising, writing, syncing. `--save` appends the table to benchmarks/RESULTS.md.
+The corpus is real text that any machine has: the distinct files of Python's standard library and site-packages. Every measurement is a
+fresh process, so that no cache has seen the text; libraries are timed on texts already in memory, without their start; the tool's time is
+that of its whole process: start, reading, JSON, tokenising, writing, syncing. Processor time is given beside wall time, for machines that
+have other work to do. `--save` appends the table to benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import random
+import resource
 import site
 import subprocess
 import sys
@@ -54,7 +56,7 @@ def write_corpus(path: Path, size: int) -> int:
 
 
 def encode_alone(library: str, corpus: str, model: str, workers: int) -> dict:
-    """Runs in a process of its own: {"tokens", "seconds"} of one library on texts in memory."""
+    """Runs in a process of its own: {"tokens", "seconds", "cpu"} of one library on texts in memory."""
     from megatron_llama3.tokenizer.llama3 import load_tokenizer
     from megatron_llama3.tokenizer.vocabulary_files import huggingface_json
 
@@ -63,7 +65,7 @@ def encode_alone(library: str, corpus: str, model: str, workers: int) -> dict:
     tokenizer = load_tokenizer(model)
     if library == "tiktoken":
         encoding = tokenizer.encoding
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         tokens = sum(map(len, encoding.encode_ordinary_batch(texts, num_threads=workers)))
     elif library == "tokenizers":
         from tokenizers import Tokenizer
@@ -71,24 +73,26 @@ def encode_alone(library: str, corpus: str, model: str, workers: int) -> dict:
         encoder, held, count = Tokenizer.from_str(huggingface_json(tokenizer.ranks, {})), 0, 0
         while count < len(texts) and held < HUGGING_FACE_BYTES:
             held, count = held + len(texts[count]), count + 1
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         tokens = sum(len(encoded.ids) for encoded in encoder.encode_batch_fast(texts[:count], add_special_tokens=False))
     else:
         import awkward
         from gigatoken.gigatoken_rs import load_hf_json
 
         encoder = load_hf_json(huggingface_json(tokenizer.ranks, {}))
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         if workers == 1:
             tokens = sum(len(encoder.encode(text)) for text in texts)
         else:
             tokens = int(awkward.count(encoder.encode_batch(texts, parallel=True)))
-    return {"tokens": tokens, "seconds": time.perf_counter() - started}
+    return {"tokens": tokens, "seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
 
 
-def measure(command: list[str], threads: int) -> tuple[str, float, float]:
-    """(standard output, seconds, peak MB) of a command; memory is the proportional set size of its process tree, sampled."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1).lower()}
+def measure(command: list[str], threads: int) -> tuple[str, dict]:
+    """Standard output of a command, and {"seconds", "cpu", "memory"} of its process tree: memory is the peak sum of PSS in MB, sampled."""
+    threading = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1).lower()}
+    environment = {**os.environ, **threading, "PYTHONPATH": str(ROOT)}
+    cpu_before = _children_cpu()
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=environment)
     peak = 0
@@ -98,7 +102,12 @@ def measure(command: list[str], threads: int) -> tuple[str, float, float]:
     seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"error: {' '.join(command)} ended with status {process.returncode}")
-    return process.stdout.read(), seconds, peak / 1000
+    return process.stdout.read(), {"seconds": seconds, "cpu": _children_cpu() - cpu_before, "memory": peak / 1000}
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _tree(pid: int) -> list[int]:
@@ -119,7 +128,7 @@ def _memory(pid: int) -> int:
 
 
 def run_all(corpus: Path, model: str, workers: list[int], repeats: int) -> list[dict]:
-    """Rows of {"what", "workers", "tokens", "seconds", "memory"}: of each measurement the fastest of `repeats`, taken in turns."""
+    """Rows of {"what", "workers", "tokens", "seconds", "cpu", "memory"}: of each measurement the fastest of `repeats`, taken in turns."""
     rows: dict[tuple[str, int], dict] = {}
     for _ in range(repeats):
         for count in workers:
@@ -133,22 +142,25 @@ def run_all(corpus: Path, model: str, workers: list[int], repeats: int) -> list[
 
 def measure_one(what: str, corpus: Path, model: str, workers: int) -> dict:
     if what != "preprocess_data.py":
-        output, _, memory = measure([__file__, "--alone", what, str(corpus), model, str(workers)], workers)
-        return {"what": what, "workers": workers, "memory": memory, **json.loads(output)}
+        output, used = measure([__file__, "--alone", what, str(corpus), model, str(workers)], workers)
+        return {"what": what, "workers": workers, **used, **json.loads(output)}
     with tempfile.TemporaryDirectory(dir=corpus.parent) as folder:
         flags = ["--input", str(corpus), "--output-prefix", f"{folder}/out", "--tokenizer-model", model, "--workers", str(workers)]
-        _, seconds, memory = measure([str(ROOT / "tools" / "preprocess_data.py"), *flags], workers)
+        _, used = measure([str(ROOT / "tools" / "preprocess_data.py"), *flags], workers)
         tokens = os.path.getsize(f"{folder}/out_text_document.bin") // 4
-    return {"what": what, "workers": workers, "memory": memory, "tokens": tokens, "seconds": seconds}
+    return {"what": what, "workers": workers, **used, "tokens": tokens}
 
 
 def table(rows: list[dict]) -> str:
-    speeds = {(row["what"], row["workers"]): row["tokens"] / row["seconds"] for row in rows}
-    lines = ["| what | workers | M tokens/s | x tiktoken | x gigatoken | seconds | peak MB |", "|---|---|---|---|---|---|---|"]
+    lines = ["| what | workers | M tokens/s | x tiktoken | x gigatoken | M tokens/CPU s | x tiktoken | x gigatoken | s | peak MB |"]
+    lines.append("|---|" + "---|" * 9)
     for row in sorted(rows, key=lambda row: row["workers"]):
-        speed, count = speeds[row["what"], row["workers"]], row["workers"]
-        ratios = f"{speed / speeds['tiktoken', count]:.2f} | {speed / speeds['gigatoken', count]:.2f}"
-        lines.append(f"| {row['what']} | {count} | {speed / 1e6:.2f} | {ratios} | {row['seconds']:.2f} | {row['memory']:.0f} |")
+        cells = [row["what"], str(row["workers"])]
+        for unit in ("seconds", "cpu"):
+            speeds = {one["what"]: one["tokens"] / one[unit] for one in rows if one["workers"] == row["workers"]}
+            speed = speeds[row["what"]]
+            cells += [f"{speed / 1e6:.2f}", f"{speed / speeds['tiktoken']:.2f}", f"{speed / speeds['gigatoken']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {row['seconds']:.2f} | {row['memory']:.0f} |")
     return "\n".join(lines)
 
 
@@ -177,9 +189,11 @@ def main() -> None:
         corpus = Path(folder) / "corpus.jsonl"
         size = write_corpus(corpus, flags.megabytes * 10**6)
         rows = run_all(corpus, model, flags.workers, flags.repeats)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("gigatoken", "tiktoken", "tokenizers", "orjson", "numpy"))
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
-    text = f"## preprocess.py, {datetime.date.today()}\n\n{os.cpu_count()} x {cpu}, Python {platform.python_version()}, {versions}; "
+    packages = ("gigatoken", "tiktoken", "tokenizers", "orjson", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    processors = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    text = f"## preprocess.py, {datetime.date.today()}\n\n{os.cpu_count()} x {processors[0] if processors else '?'}, "
+    text += f"Python {platform.python_version()}, {versions}; "
     text += f"{size / 1e6:.0f} MB of text, fastest of {flags.repeats}.\n`python benchmarks/preprocess.py {' '.join(sys.argv[1:])}`"
     text += f"\n{flags.note}\n\n" + table(rows) + "\n\n"
     print(text)

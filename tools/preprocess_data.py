@@ -54,7 +54,7 @@ def main() -> None:
     )
     if summary.rejected:
         print(f"rejected {summary.rejected:,} bad lines: see {options.prefix}.rejected.jsonl", file=sys.stderr)
-    if not summary.documents:
+    if not summary.documents and options.num_shards == 1:
         raise UserError(f"--input {' '.join(options.input)}: no documents in it; the datasets written are empty")
 
 
