@@ -31,18 +31,18 @@ done
 step "4/6 training on 8 processes: TP 2 x PP 2 x DP 2"
 $PYTHON -m torch.distributed.run --standalone --nproc-per-node 8 -m megatron_llama3.recipes.pretrain \
     --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 \
-    --num-layers 4 --hidden-size 192 --ffn-hidden-size 512 --num-attention-heads 6 --num-query-groups 2 \
+    --num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4 --num-query-groups 2 --init-method-std 0.08 \
     --vocab-size 8192 --max-position-embeddings 1024 --tokenizer-model $RUN/tokenizer \
     --train-data-path $RUN/data/train_text_document --valid-data-path $RUN/data/held_out_text_document \
-    --seq-length 512 --micro-batch-size 2 --global-batch-size 8 --train-iters 400 \
-    --lr 3e-3 --min-lr 1e-4 --lr-warmup-iters 20 --weight-decay 0.1 \
-    --log-interval 10 --eval-interval 100 --eval-iters 8 \
-    --save $RUN/checkpoints --load $RUN/checkpoints --save-interval 100
+    --seq-length 512 --micro-batch-size 2 --step-batch-size-schedule "0:4 500K:8" --train-iters 480 \
+    --lr 6e-3 --min-lr 3e-4 --lr-warmup-iters 30 --weight-decay 0.1 \
+    --log-interval 10 --eval-interval 120 --eval-iters 8 \
+    --save $RUN/checkpoints --load $RUN/checkpoints --save-interval 120
 
 step "5/6 export to Hugging Face's format"
 EXPORT=$RUN/hf-$(cat $RUN/checkpoints/latest_checkpointed_iteration.txt)
 [ -d $EXPORT ] || $PYTHON tools/convert_checkpoint.py --from native --to hf --load $RUN/checkpoints --save $EXPORT --tokenizer-model $RUN/tokenizer
 
 step "6/6 report: the export in transformers, on files it has not seen"
-$PYTHON tools/quickstart_report.py --export $EXPORT --corpus $RUN/corpus --log $RUN/checkpoints/metrics.jsonl --plot $RUN/loss.png
+env -u OMP_NUM_THREADS $PYTHON tools/quickstart_report.py --export $EXPORT --corpus $RUN/corpus --log $RUN/checkpoints/metrics.jsonl --plot $RUN/loss.png
 echo "done after $SECONDS s. More text: $PYTHON -m megatron_llama3.recipes.generate --load $RUN/checkpoints --prompt 'def main():'"

@@ -2,8 +2,8 @@
 
     python tools/quickstart_corpus.py --output runs/quickstart/corpus
 
-Writes train.jsonl and held_out.jsonl, each line with "text" and "path". Tests are left out, and files that are tables rather than code.
-Files are cut at blank lines into documents of about a sequence: whole files would fill a small run's batches with one file each.
+Writes train.jsonl and held_out.jsonl, each line with "text" and "path". Tests are left out: not every machine has them. Files are cut, at
+blank lines where there are any, into documents of about a sequence: whole files would fill a small run's batches with one file each.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_llama3.config.errors import UserError, exit_on_user_error
 
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 HELD_OUT_SHARE = 1 / 16
 DOCUMENT_CHARACTERS = 1600
 
@@ -32,11 +32,12 @@ def source_files(library: Path) -> Iterator[tuple[str, str]]:
 
 
 def documents_of(text: str) -> Iterator[str]:
-    """Pieces that end at the first blank line after DOCUMENT_CHARACTERS; together they are the text."""
+    """Pieces that end at a blank line after DOCUMENT_CHARACTERS, at the latest with a line after twice as many; joined, the text."""
     start = 0
     while start < len(text):
-        border = text.find("\n\n", start + DOCUMENT_CHARACTERS)
-        end = len(text) if border < 0 else border + 2
+        blank = text.find("\n\n", start + DOCUMENT_CHARACTERS, start + 2 * DOCUMENT_CHARACTERS)
+        border = blank + 1 if blank >= 0 else text.find("\n", start + 2 * DOCUMENT_CHARACTERS)
+        end = len(text) if border < 0 else border + 1
         yield text[start:end]
         start = end
 

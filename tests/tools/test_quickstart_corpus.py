@@ -14,12 +14,15 @@ from tools.quickstart_corpus import DOCUMENT_CHARACTERS, documents_of, is_held_o
 TOOL = Path(__file__).parents[2] / "tools" / "quickstart_corpus.py"
 
 
-@given(st.lists(st.integers(0, 3000), max_size=8))
-def test_documents_are_the_text(lengths):
-    text = "\n\n".join("x" * length for length in lengths)
+@given(st.lists(st.integers(0, 3000), max_size=8), st.sampled_from(["\n", "\n\n"]))
+def test_documents_are_the_text(lengths, between):
+    text = between.join("x" * length for length in lengths)
     documents = list(documents_of(text))
     assert "".join(documents) == text
-    assert all(len(document) > DOCUMENT_CHARACTERS and document.endswith("\n\n") for document in documents[:-1])
+    for document in documents[:-1]:
+        assert document.endswith("\n")
+        assert DOCUMENT_CHARACTERS < len(document) <= 2 * DOCUMENT_CHARACTERS + 3001
+        assert document.endswith("\n\n") or "\n\n" not in document[DOCUMENT_CHARACTERS : 2 * DOCUMENT_CHARACTERS]
 
 
 def _library(folder: Path) -> Path:
