@@ -27,6 +27,7 @@ ZERO_3: Row = ZERO_2 | {"engine": "deepspeed-zero-3", "tied": True}
 COPIES: Row = {"engine": "deepspeed-zero-1", "dp": 3, "pp": 2, "tied": True, "schedule": "zero-bubble", "frozen": True}
 OFFLOAD: Row = {"engine": "deepspeed-zero-1-offload", "dp": 2, "cp": 2}
 LAYOUTS = {"TP x PP": TP_PP, "DP x CP": DP_CP, "ZeRO-2": ZERO_2, "ZeRO-3": ZERO_3, "copies": COPIES}
+SAMPLE = ("TP x PP", "ZeRO-3")
 STEPS = 20
 
 
@@ -61,8 +62,7 @@ def cpu_adam():
     CPUAdamBuilder().load()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=pytest.mark.slow if n in SAMPLE else pytest.mark.full) for n in LAYOUTS])
 def test_equals_one_process_in_fp32(layout):
     row = LAYOUTS[layout]
     found = compare(train_under(config(row), STEPS, trained(row)), reference(layout, "fp32", STEPS))
