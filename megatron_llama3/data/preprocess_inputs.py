@@ -13,7 +13,7 @@ from megatron_llama3.config.errors import UserError
 
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".zst")
-MIN_UNIT_BYTES, MAX_UNIT_BYTES = 4 << 20, 64 << 20
+MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ def decompression_errors() -> tuple[type[Exception], ...]:
 
 
 def unit_bytes_for(sources: Sequence[Source], workers: int, num_shards: int) -> int:
-    """Small enough that every worker of every shard has several units, within bounds."""
-    share = sum(source.size for source in sources) // (num_shards * workers * 8)
+    """Small enough that every worker has several units, within bounds. Shards must agree on it, whatever workers each of them has."""
+    share = sum(source.size for source in sources) // (8 * workers if num_shards == 1 else 64 * num_shards)
     return min(max(share, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
 
 

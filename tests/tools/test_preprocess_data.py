@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_llama3.data import preprocess_lines, preprocess_worker
+from megatron_llama3.data import preprocess_inputs, preprocess_lines, preprocess_worker
 from megatron_llama3.data.indexed_dataset import IndexedDataset
 from megatron_llama3.data.preprocess import preprocess
 from tests.tokenizer.vocabularies import small_vocabulary
@@ -229,14 +229,14 @@ def test_standard_input(tmp_path):
 
 
 def test_shards_put_together_are_the_whole(tmp_path, monkeypatch):
-    small_units(monkeypatch, 1500)
+    monkeypatch.setattr(preprocess_inputs, "MIN_UNIT_BYTES", 200)
     files = [write_jsonl(tmp_path / f"{i}.jsonl", TEXTS[i * 40 : i * 40 + 40]) for i in range(3)]
     files.append(compress(tmp_path / "3.jsonl.gz", files[0].read_bytes()))
     whole = options(tmp_path, *files, prefix="whole")
     preprocess(whole)
     parts = []
     for shard in range(5):
-        part = options(tmp_path, *files, num_shards=5, shard_id=shard)
+        part = options(tmp_path, *files, num_shards=5, shard_id=shard, workers=1 + shard % 3)
         preprocess(part)
         assert part.prefix.endswith(f"out_{shard:05d}_of_00005")
         parts += decoded(part)
