@@ -103,6 +103,9 @@ def find_checkpoint(config: RunConfig) -> Path | None:
 def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: TrainingStream) -> TrainState:
     """Restores weights, optimizer, schedule, data position and random state; with --finetune weights only. Collective."""
     options = config.checkpoint
+    saved = _read_train_state(folder)
+    if "data" not in saved and not options.finetune:
+        raise UserError(f"--load {folder}: holds weights alone, no training run to go on with: add --finetune to start from them")
     with_optimizer = not (options.finetune or options.no_load_optim)
     tensors = engine.state_tensors(with_optimizer)
     try:
@@ -110,7 +113,6 @@ def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: Tra
     except dcp.CheckpointException as error:
         reasons = [_first_line(failure[0]) for failure in error.failures.values()]
         raise UserError(f"--load {folder}: {reasons[0] if reasons else error}") from error
-    saved = _read_train_state(folder)
     engine.state_loaded(saved["iteration"], with_optimizer)
     if options.finetune:
         return TrainState()
