@@ -46,8 +46,11 @@ class Fsdp2Engine(Engine):
         """FSDP's own hooks have run with the input half, before these gradients existed: accumulate them in the main dtype, and reduce
         after the last."""
         module = self.chunks[chunk]
-        if isinstance(module, FSDPModule):
-            self.before_backward(chunk, is_last)
+        if not isinstance(module, FSDPModule):
+            return
+        # With one micro-batch nothing has been accumulated before the last half, and FSDP would reduce its bf16 beside others' float32.
+        for reduce in (False, True) if is_last else (False,):
+            self.before_backward(chunk, reduce)
             fully_shard.state(module)._root_post_backward_final_callback()
 
     @torch.no_grad()
