@@ -67,6 +67,7 @@ setup() {
         touch "$stamp"
     fi
     PYTHON=.venv/bin/python
+    export PATH=$PWD/.venv/bin:$PATH # DeepSpeed calls ninja by its name
 }
 
 setup "${1:-run}"
