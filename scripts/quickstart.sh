@@ -44,5 +44,6 @@ EXPORT=$RUN/hf-$(cat $RUN/checkpoints/latest_checkpointed_iteration.txt)
 [ -d $EXPORT ] || $PYTHON tools/convert_checkpoint.py --from native --to hf --load $RUN/checkpoints --save $EXPORT --tokenizer-model $RUN/tokenizer
 
 step "6/6 report: the export in transformers, on files it has not seen"
-env -u OMP_NUM_THREADS $PYTHON tools/quickstart_report.py --export $EXPORT --corpus $RUN/corpus --log $RUN/checkpoints/metrics.jsonl --plot $RUN/loss.png
+env -u OMP_NUM_THREADS $PYTHON tools/quickstart_report.py --export $EXPORT --corpus $RUN/corpus \
+    --data $RUN/data/train_text_document --log $RUN/checkpoints/metrics.jsonl --plot $RUN/loss.png
 echo "done after $SECONDS s. More text: $PYTHON -m megatron_llama3.recipes.generate --load $RUN/checkpoints --prompt 'def main():'"

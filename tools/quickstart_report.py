@@ -1,6 +1,6 @@
 """What a small run on Python source has learned: loss, text, and whether the text is Python or a copy.
 
-    python tools/quickstart_report.py --export EXPORT --corpus CORPUS --log metrics.jsonl --plot loss.png
+    python tools/quickstart_report.py --export EXPORT --corpus CORPUS --data DATA --log metrics.jsonl --plot loss.png
 
 Loads a Hugging Face export in transformers, continues held-out prompts with it, and prints its numbers beside those of real held-out text.
 Exit status 1 if the held-out loss is not below 0.6 of the corpus's unigram entropy.
@@ -9,13 +9,14 @@ Exit status 1 if the held-out loss is not below 0.6 of the corpus's unigram entr
 import argparse
 import io
 import json
-import math
 import sys
 import tokenize
-from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from megatron_llama3.config.errors import UserError, exit_on_user_error
+from megatron_llama3.data.indexed_dataset import IndexedDataset
 
 LOSS_SHARE = 0.6
 TABLES = "encodings/"  # character tables, far easier than code: told apart in the report, and no prompts come from them
@@ -28,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", type=Path, required=True, help="Hugging Face folder with its tokenizer")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of train.jsonl and held_out.jsonl")
+    parser.add_argument("--data", type=Path, required=True, help="indexed dataset of the training text, without .bin")
     parser.add_argument("--log", type=Path, required=True, help="metrics.jsonl of the run")
     parser.add_argument("--plot", type=Path, required=True, help="PNG to write")
     args = parser.parse_args()
@@ -41,15 +43,15 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.export)
     model = AutoModelForCausalLM.from_pretrained(args.export).eval()
-    train_texts = [text for _, text in train]
-    entropy = unigram_entropy(tokenizer, train_texts)
+    dataset = IndexedDataset(args.data)
+    entropy = unigram_entropy(dataset.tokens(0, dataset.num_tokens))
     losses = {document: summed_loss(model, tokenizer, document[1]) for document in held_out}
     loss, loss_of_code = (mean([losses[document] for document in part]) for part in (held_out, code))
     prompted = [text for _, text in code if len(text) > 2 * PROMPT_CHARACTERS]
     prompts, real = prompts_and_rest(spread(prompted, PROMPTS))
     generated = continuations(model, tokenizer, prompts)
     show_samples(prompts, generated)
-    print_numbers(loss, loss_of_code, entropy, real, generated, "\0".join(train_texts))
+    print_numbers(loss, loss_of_code, entropy, real, generated, "\0".join(text for _, text in train))
     plot_losses(args.log, args.plot, entropy, loss)
     print(f"loss plot: {args.plot}")
     if loss >= LOSS_SHARE * entropy:
@@ -68,13 +70,11 @@ def spread(items: list, count: int) -> list:
     return items[:: max(1, len(items) // count)][:count]
 
 
-def unigram_entropy(tokenizer, documents: list[str]) -> float:
+def unigram_entropy(tokens) -> float:
     """Entropy of a single token of the corpus, in nats: the loss of a model that knows the frequencies and nothing else."""
-    counts = Counter()
-    for ids in tokenizer(documents)["input_ids"]:
-        counts.update(ids)
-    total = counts.total()
-    return -sum(n / total * math.log(n / total) for n in counts.values())
+    counts = np.unique(tokens, return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
 
 
 def summed_loss(model, tokenizer, text: str) -> tuple[float, int]:
@@ -86,7 +86,7 @@ def summed_loss(model, tokenizer, text: str) -> tuple[float, int]:
         if len(window) > 1:
             with torch.no_grad():
                 logits = model(window[None]).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits.double(), window[1:], reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
             count += len(window) - 1
     return total, count
 
@@ -149,12 +149,13 @@ def tokenizes(line: str) -> bool:
 
 
 def longest_copied_run(text: str, source: str) -> str:
-    """The longest substring of `text` that is in `source`."""
-    best = ""
-    for start in range(len(text)):
-        while start + len(best) < len(text) and text[start : start + len(best) + 1] in source:
-            best = text[start : start + len(best) + 1]
-    return best
+    """The longest substring of `text` that is in `source`. Starts of lines first: a long find makes the other searches fast."""
+    sought, searched = text.encode(), source.encode()
+    best = b""
+    for start in [0, *(i + 1 for i, byte in enumerate(sought) if byte == 10), *range(len(sought))]:
+        while start + len(best) < len(sought) and sought[start : start + len(best) + 1] in searched:
+            best = sought[start : start + len(best) + 1]
+    return best.decode(errors="ignore")
 
 
 def plot_losses(log: Path, plot: Path, entropy: float, final: float) -> None:
