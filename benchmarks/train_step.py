@@ -16,9 +16,17 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 SHAPES = {
-    "cpu": {"hidden_size": 384, "num_layers": 12, "ffn_hidden_size": 1024, "num_attention_heads": 6, "num_query_groups": 2, "vocab_size": 8192},
+    "cpu": {
+        "hidden_size": 384,
+        "num_layers": 12,
+        "ffn_hidden_size": 1024,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "vocab_size": 8192,
+    },
     "cuda": {
         "hidden_size": 4096,
         "num_layers": 8,
@@ -64,6 +72,8 @@ def run_in_turns(sides: list[str], args) -> dict[str, list[dict]]:
 
 
 def report(results: dict[str, list[dict]], device: str) -> None:
+    if "ours" not in results:
+        sys.exit("error: our side could not run, see above")
     best = {side: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]} for side, turns in results.items()}
     print(f"\n{'':14}" + "".join(f"{key:>26}" for key in best["ours"]))
     for side, numbers in best.items():
@@ -82,7 +92,7 @@ def document_lengths(path: str | None, seq_length: int) -> list[int]:
     if path is None:
         return [seq_length]
     lengths, left = [], seq_length
-    for line in open(path):
+    for line in Path(path).read_text().splitlines():
         length = min(int(line), left)
         lengths.append(length)
         left -= length

@@ -11,8 +11,6 @@ PYTHON=${PYTHON:-python}
 MODULE=${MODULE:-megatron_llama3.recipes.pretrain}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-# One connection queue keeps the order of communication and computation as it was issued (sequence parallelism relies on it).
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
 for flag in "$@"; do
     case $flag in

@@ -1,7 +1,7 @@
 """Which fields of a config may differ between a checkpoint and the run that loads it.
 
 A field may change freely (layout, engine, logging, saving), may change on the user's word (learning-rate schedule; data and batch), or
-must match (model, tokenizer, precision of the whole run's numbers). A violation is one line.
+must match (model; the tokenizer, which store.py compares by content). A violation is one line.
 """
 
 from dataclasses import fields
@@ -29,6 +29,8 @@ def check_compatible(saved: RunConfig, current: RunConfig, path: str) -> None:
 
 def _schedule(config: RunConfig) -> dict:
     values = {name: getattr(config.optimizer, name) for name in SCHEDULE_FIELDS}
+    if config.optimizer.lr_decay_style == "constant":
+        return values | {"lr_decay_iters": None}
     return values | {"lr_decay_iters": config.optimizer.lr_decay_iters or config.training.train_iters}
 
 

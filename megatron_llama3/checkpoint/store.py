@@ -7,6 +7,7 @@ A save is written to `iter_0000500.partial`, synced, renamed, and then named in 
 """
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -37,8 +38,8 @@ class CheckpointWriter:
     def __init__(self, config: RunConfig, engine: Engine):
         self.config, self.engine = config, engine
         self.folder = Path(config.checkpoint.save)
-        self.control = engine.groups.control
-        if "gloo" not in dist.get_backend_config(self.control) and "fake" not in dist.get_backend_config(self.control):
+        self.group = engine.groups.saving
+        if "gloo" not in dist.get_backend_config(self.group) and "fake" not in dist.get_backend_config(self.group):
             raise RuntimeError("saving needs a process group with a CPU backend")
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
@@ -53,12 +54,12 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             (partial / CONFIG_FILE).write_text(resolved_yaml(self.config))
-            (partial / STATE_FILE).write_text(json.dumps(_train_state(state, stream), indent=1))
-        dist.barrier(self.control)
+            (partial / STATE_FILE).write_text(json.dumps(_train_state(state, stream, self.config), indent=1))
+        dist.barrier(self.group)
         written = dcp.async_save(
             self._tensors(),
             storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
-            process_group=self.control,
+            process_group=self.group,
             async_stager=DefaultStager(StagingOptions(False, False, False, False)),
         )
         self.pending = self.background.submit(self._finish, written, partial)
@@ -75,7 +76,7 @@ class CheckpointWriter:
             pending.result()
         except Exception as error:
             raise UserError(f"--save {self.folder}: checkpoint could not be written: {_first_line(error)}") from error
-        dist.barrier(self.control)
+        dist.barrier(self.group)
 
     def _finish(self, written: Future, partial: Path) -> None:
         written.result()  # on rank 0: every rank has written and synced its part
@@ -104,12 +105,13 @@ def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: Tra
     """Restores weights, optimizer, schedule, data position and random state; with --finetune weights only. Collective."""
     options = config.checkpoint
     saved = _read_train_state(folder)
+    _check_tokenizer(saved, config, folder)
     if "data" not in saved and not options.finetune:
         raise UserError(f"--load {folder}: holds weights alone, no training run to go on with: add --finetune to start from them")
     with_optimizer = not (options.finetune or options.no_load_optim)
     tensors = engine.state_tensors(with_optimizer)
     try:
-        dcp.load(tensors, storage_reader=SafeFileSystemReader(folder), process_group=engine.groups.control)
+        dcp.load(tensors, storage_reader=SafeFileSystemReader(folder), process_group=engine.groups.saving)
     except dcp.CheckpointException as error:
         reasons = [_first_line(failure[0]) for failure in error.failures.values()]
         raise UserError(f"--load {folder}: {reasons[0] if reasons else error}") from error
@@ -122,9 +124,25 @@ def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: Tra
     return TrainState(saved["iteration"], saved["consumed_samples"], saved["consumed_tokens"])
 
 
-def _train_state(state: TrainState, stream: TrainingStream) -> dict:
+def _train_state(state: TrainState, stream: TrainingStream, config: RunConfig) -> dict:
+    """`rng` is rank 0's: nothing in pretraining draws random numbers after the initial weights."""
     rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-    return {**asdict(state), "data": stream.state_dict(), "rng": rng}
+    return {**asdict(state), "data": stream.state_dict(), "rng": rng, "tokenizer": _tokenizer_digest(config)}
+
+
+def _tokenizer_digest(config: RunConfig) -> str | None:
+    """Names the content of the run's tokenizer, wherever it lies."""
+    if config.data.tokenizer_model is None:
+        return None
+    path = Path(config.data.tokenizer_model)
+    files = [path] if path.is_file() else [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+    return hashlib.sha256(files[0].read_bytes()).hexdigest() if files else None
+
+
+def _check_tokenizer(saved: dict, config: RunConfig, folder: Path) -> None:
+    theirs, ours = saved.get("tokenizer"), _tokenizer_digest(config)
+    if theirs is not None and ours is not None and theirs != ours:
+        raise UserError(f"--tokenizer-model {config.data.tokenizer_model} is another one than {folder} was trained with: it must match")
 
 
 def _read_train_state(folder: Path) -> dict:

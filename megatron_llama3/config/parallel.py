@@ -32,7 +32,7 @@ class ParallelConfig:
         False, "Count the output layer and loss as a layer when splitting layers over stages."
     )
     engine: str = option("fsdp", "Data-parallel engine.", choices=("fsdp", "deepspeed"))
-    zero_stage: int = option(1, "DeepSpeed's ZeRO stage: 1 with TP and PP, 2 and 3 with TP only. The fsdp engine ignores it.")
+    zero_stage: int = option(1, "DeepSpeed's ZeRO stage: 1 with TP and PP, 2 and 3 with TP only. For --engine deepspeed only.")
     optimizer_cpu_offload: bool = option(False, "Keep optimizer states and their step on the CPU (engine deepspeed).")
     recompute_granularity: str | None = option(
         None,

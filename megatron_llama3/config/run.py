@@ -18,8 +18,8 @@ class DataConfig:
     reset_position_ids: bool = option(False, "Start positions at 0 in every document of a packed sequence.")
     document_mask: bool = option(True, "Keep attention within documents (paper, section 3.2).")
     loss_across_documents: bool = option(False, "Count the target that leads from a document's end to the next one's first token.")
-    tokenizer_model: str | None = option(None, "Tokenizer file: tiktoken ranks or tokenizer.json.")
-    data_cache_path: str | None = option(None, "Folder for shuffling indices; default beside the data.")
+    tokenizer_model: str | None = option(None, "Tokenizer: a tiktoken file, a tokenizer.json, or a folder with one.")
+    data_cache_path: str | None = option(None, "Folder to keep shuffling indices of very large datasets in; default: made in memory.")
 
 
 @dataclass(kw_only=True)

@@ -271,6 +271,8 @@ def missing_inputs(config: "RunConfig") -> Iterator[str]:
         yield f"--train-data-path is given and --eval-iters is {config.training.eval_iters}: give --valid-data-path too, or --eval-iters 0"
     for name in ("data_path", "train_data_path", "valid_data_path"):
         yield from _missing_datasets(flag(name), getattr(data, name))
+    if data.tokenizer_model is not None and not os.path.exists(data.tokenizer_model):
+        yield f"--tokenizer-model {data.tokenizer_model}: no such file or folder"
     if checkpoint.save_interval is not None and checkpoint.save is None:
         yield f"--save-interval {checkpoint.save_interval} is given, but no --save folder"
     if checkpoint.load is not None and checkpoint.load != checkpoint.save and not os.path.isdir(checkpoint.load):

@@ -198,6 +198,8 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """`auto` is FlashAttention for packed documents where it runs (bf16 on CUDA), SDPA elsewhere."""
     if name in ("flex", "varlen") and device.type == "cpu":
         raise UserError(f"--attention-kernel {name} trains on a GPU only and this job runs on a CPU: use auto, sdpa or reference")
+    if name == "varlen" and dtype != torch.bfloat16:
+        raise UserError(f"--attention-kernel varlen computes in bfloat16 and this run in {dtype}: add --bf16, or use auto or sdpa")
     if name != "auto":
         return name
     return "varlen" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"

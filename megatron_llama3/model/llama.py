@@ -35,6 +35,9 @@ class ModelInputs:
     mask: AttentionMask
     targets: Tensor | None = None
     """int64 [s, b]; without targets the model returns logits"""
+    rotary: tuple[Tensor, Tensor] | None = None
+    plan: Any = None
+    """The rotary table and the attention kernel's plan, made by the first chunk on this rank that has layers."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.eps = eps
+        self.normalize = fused_norm()[1]  # found here and not in forward, where torch.compile would trace the import
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused_norm()[1](x, local(self.weight), self.eps)
+        return self.normalize(x, local(self.weight), self.eps)
 
 
 class FeedForward(nn.Module):
@@ -146,15 +150,14 @@ class Llama(nn.Module):
         (logits [s, b, V/t] without targets)."""
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(inputs.tokens)
-        rotary = plan = None
-        if self.layers:
-            rotary = rotary_table(inputs.position_ids, self.frequencies)
-            plan = self.plan_attention(inputs.mask, inputs.tokens.shape[1])
+        if self.layers and inputs.plan is None:
+            inputs.rotary = rotary_table(inputs.position_ids, self.frequencies)
+            inputs.plan = self.plan_attention(inputs.mask, inputs.tokens.shape[1])
         for group, recompute in self._layer_groups():
             if recompute and torch.is_grad_enabled():
-                x = checkpoint(self._run, group, x, rotary, plan, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(self._run, group, x, inputs.rotary, inputs.plan, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self._run(group, x, rotary, plan, caches)
+                x = self._run(group, x, inputs.rotary, inputs.plan, caches)
         return x if self.output is None else self._head(x, inputs.targets)
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:

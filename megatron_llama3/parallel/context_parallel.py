@@ -1,6 +1,8 @@
 """Context parallelism as the paper has it (section 3.3.2): the sequence is cut into 2*CP chunks, rank i holds chunks i and 2*CP-1-i, and
 keys and values are all-gathered, so that any mask works and the causal work is even."""
 
+from functools import cache
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,6 +40,7 @@ class _GatherInOrder(Function):
         return reduce_scatter_first_dim(pairs, ctx.group), None
 
 
+@cache
 def _order(cp_size: int, device: torch.device, inverse: bool = False) -> Tensor:
     """Chunk numbers in the order in which the ranks hold them: 0, 2*CP-1, 1, 2*CP-2, ..."""
     held = torch.tensor([c for i in range(cp_size) for c in (i, 2 * cp_size - 1 - i)], device=device)

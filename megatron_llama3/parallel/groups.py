@@ -27,7 +27,9 @@ class ParallelGroups:
     dp_cp: dist.ProcessGroup
     embedding: dist.ProcessGroup | None
     control: dist.ProcessGroup
-    """All ranks on a CPU backend: object collectives and asynchronous saves."""
+    """All ranks on a CPU backend, for what the ranks agree on between steps."""
+    saving: dist.ProcessGroup
+    """The same again for asynchronous saves alone: their collectives come from a thread of their own, at any time."""
 
     @property
     def at(self) -> Coordinates:
@@ -79,7 +81,9 @@ def megatron_parallel_state():
 
 
 def _this_device() -> torch.device:
-    if not torch.cuda.is_available():
+    """The GPU of this rank; the CPU without one, or where the job was started on gloo alone (tests, tools/certify_layout.py)."""
+    is_gloo = dist.is_initialized() and dist.get_backend() == "gloo"
+    if is_gloo or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
@@ -100,6 +104,8 @@ def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: 
         distributed_timeout_minutes=timeout_minutes,
     )
     rank = dist.get_rank()
+    cpu_backend = "fake" if dist.get_backend() == "fake" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
     in_embedding_group = topology.coordinates(rank).pp in (0, pp - 1)
     return ParallelGroups(
         topology=topology,
@@ -111,5 +117,6 @@ def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: 
         dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         embedding=parallel_state.get_embedding_group() if in_embedding_group else None,
-        control=dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo"),
+        control=dist.new_group(backend=cpu_backend, timeout=timeout),
+        saving=dist.new_group(backend=cpu_backend, timeout=timeout),
     )

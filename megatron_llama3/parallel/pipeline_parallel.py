@@ -3,7 +3,6 @@
 The executor knows no model: a chunk is called as `chunk(x, microbatch)`, and `on_loss` turns the last chunk's output into a scalar.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Protocol
 
@@ -65,10 +64,7 @@ class GradientHooks(Protocol):
 
 
 class PipelineExecutor:
-    """One step of one rank.
-
-    chunks: global chunk number -> module. boundary_shape, dtype: of the activation between stages, static in a step.
-    """
+    """One step of one rank. `chunks`: global chunk number -> module."""
 
     def __init__(
         self,
@@ -87,7 +83,8 @@ class PipelineExecutor:
     def run(
         self, microbatches: list, on_loss: Callable[[Tensor, int], Tensor], boundary_shape: tuple[int, ...], dtype: torch.dtype
     ) -> None:
-        """Plays the list. `on_loss(output, microbatch number)` is called on the last stage only."""
+        """Plays the list. `on_loss(output, microbatch number)` is called on the last stage only; `boundary_shape` and `dtype` are those of
+        the activation between stages, the same for all micro-batches of a step."""
         self.microbatches, self.on_loss = microbatches, on_loss
         self.boundary = {"size": boundary_shape, "dtype": dtype, "device": self.device}
         self._one = torch.ones((), device=self.device, dtype=torch.promote_types(dtype, torch.float32))
@@ -96,7 +93,7 @@ class PipelineExecutor:
         self.edges: dict = {}
         self.grads: dict[tuple[int, int], Tensor] = {}
         self.arriving: dict = {}
-        self.weight_halves: dict = defaultdict(list)
+        self.weight_halves: dict = {}
         sends = []
         for action in self.actions:
             if action.kind.startswith("SEND"):

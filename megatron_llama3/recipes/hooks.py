@@ -1,5 +1,7 @@
 """What happens between steps, as hooks for `training.loop.train`: evaluation and saving."""
 
+import time
+
 from megatron_llama3.checkpoint.store import CheckpointWriter
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.loader import TrainingStream
@@ -11,25 +13,27 @@ from megatron_llama3.training.step import StepResult
 
 
 def evaluation(engine: Engine, stream: TrainingStream, config: RunConfig, logger: MetricsLogger | None) -> Hook:
-    """Every --eval-interval steps and after the last: the mean loss over the same --eval-iters global batches of the validation split."""
+    """Every --eval-interval steps and at --train-iters: the mean loss over the same --eval-iters global batches of the validation split,
+    of the ramps' last size and length. A run that is told to stop early does not wait for it."""
 
     def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
-        if state.iteration % config.training.eval_interval and not is_last:
-            return
-        loss = evaluate(engine, stream, config, result.global_batch_size, result.seq_length)
-        if logger is not None:
-            logger.evaluated(state, loss)
+        is_due = state.iteration % config.training.eval_interval == 0 and not is_last
+        if is_due or state.iteration >= config.training.train_iters:
+            started = time.monotonic()
+            loss = evaluate(engine, stream, config)
+            if logger is not None:
+                logger.evaluated(state, loss, time.monotonic() - started)
 
     return hook
 
 
-def evaluate(engine: Engine, stream: TrainingStream, config: RunConfig, global_batch_size: int, seq_length: int) -> float:
+def evaluate(engine: Engine, stream: TrainingStream, config: RunConfig) -> float:
     """The mean loss over the first --eval-iters global batches of `stream`. Collective."""
     stream.rewind()
     total, count = 0.0, 0
     for _ in range(config.training.eval_iters):
-        at, sizes = engine.groups.at, engine.groups.topology
-        batch = stream.next_batch(global_batch_size, seq_length, config.training.micro_batch_size, at.dp, sizes.dp)
+        at, sizes, t = engine.groups.at, engine.groups.topology, config.training
+        batch = stream.next_batch(t.global_batch_size, config.data.seq_length, t.micro_batch_size, at.dp, sizes.dp)
         nll, tokens = engine.evaluate(batch)
         total, count = total + nll, count + tokens
     return total / max(1, count)

@@ -52,10 +52,10 @@ def pretrain(config: RunConfig) -> None:
     # Hooks run after every step, in this order.
     logger = MetricsLogger(config, state) if is_rank_0 else None
     hooks = [logger] if is_rank_0 else []
-    if valid_stream is not None:
-        hooks.append(evaluation(engine, valid_stream, config, logger))
     if config.checkpoint.save is not None:
         hooks.append(saving(CheckpointWriter(config, engine), train_stream, config))
+    if valid_stream is not None:
+        hooks.append(evaluation(engine, valid_stream, config, logger))
     reason = train(engine, train_stream, state, config, hooks)
     if is_rank_0:
         logger.close()

@@ -46,11 +46,11 @@ class MetricsLogger:
         elif self.bar is not None:
             self.bar.update()
 
-    def evaluated(self, state: TrainState, loss: float) -> None:
-        """Notes the loss on the validation split."""
+    def evaluated(self, state: TrainState, loss: float, seconds: float) -> None:
+        """Notes the loss on the validation split. The seconds it took do not count as training time."""
         self._say(f"iteration {state.iteration} | validation loss {loss:.4f}")
         self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens, "validation_loss": loss})
-        self.since = time.monotonic()  # an evaluation is no training time
+        self.since += seconds
 
     def close(self) -> None:
         if self.bar is not None:

@@ -131,6 +131,21 @@ def test_sigterm_on_one_rank_saves_and_stops_all(data, tmp_path):
     assert latest(tmp_path) == "2"
 
 
+def test_asynchronous_saves_beside_what_ranks_agree_on_every_step(data, tmp_path):
+    flags = f"{MODEL} --data-path {data} --train-iters 30 --save-interval 1 --exit-signal-handler --exit-duration-in-mins 60 --eval-iters 0"
+    run(f"{flags} --save {tmp_path}", 4)
+    assert latest(tmp_path) == "30"
+
+
+def test_another_tokenizer_is_refused(data, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(name)
+    base = f"{MODEL} --data-path {data} --save {tmp_path / 'run'} --load {tmp_path / 'run'}"
+    run(f"{base} --train-iters 1 --tokenizer-model {tmp_path / 'first'}")
+    with pytest.raises(RankFailedError, match=r"UserError: --tokenizer-model .*second is another one"):
+        run(f"{base} --train-iters 2 --tokenizer-model {tmp_path / 'second'}")
+
+
 def test_non_finite_loss_is_an_error(data, tmp_path):
     with pytest.raises(RankFailedError, match=r"UserError: iteration 2: loss .*gradient norm nan"):
         run(f"{MODEL} --data-path {data} --train-iters 8 --lr 1e30 --clip-grad 0")
