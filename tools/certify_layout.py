@@ -9,14 +9,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_llama3.config.command_line import parse_run_config
+from megatron_llama3.config.command_line import build_parser, parse_run_config
 from megatron_llama3.config.errors import exit_on_user_error
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False)
+    usage = "%(prog)s [--certificate FILE.md] [flags of the run]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true", help="Show this and the flags of the run, and exit.")
     parser.add_argument("--certificate", type=Path, default=Path("certificate.md"), metavar="FILE.md", help="Where to write it.")
     own, flags = parser.parse_known_args()
+    if own.help:
+        print(parser.format_help(), build_parser().format_help(), sep="\n", end="")
+        return
     config = parse_run_config([*flags, "--dry-run"])
     from megatron_llama3.planning.certify import as_markdown, certify  # torch, which a refused command line need not wait for
 

@@ -1,10 +1,13 @@
 """A certificate for the layout of one run: the run's model made small, its layout kept, trained on gloo ranks of this machine and compared
 with one process.
 
-Each axis above 1 stays at 2 or more, on at most 8 processes: if four axes are in use, every three of them are tried together. Schedule, V,
-N against PP, M against PP, uneven and empty stages, engine, recomputation, tied embeddings, dtype and the ratio of KV heads to TP are kept.
+Each axis above 1 stays at 2 or more, and every set of axes that fits on 8 processes is tried together. Schedule, V, N against PP, M against
+PP, uneven and empty stages, engine, recomputation, tied embeddings, dtype and the ratio of KV heads to TP are kept. What the certificate
+calls exercised is read from the trials, not from the run.
 """
 
+import math
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -22,7 +25,7 @@ AXES = ("tp", "cp", "pp", "dp")
 
 @dataclass
 class Trial:
-    """One small run. `pairs` are the axes above 1 that it has together."""
+    """One small run: `axes` are its sizes of TP, CP, PP and DP, `microbatches` is its M."""
 
     config: RunConfig
     axes: dict[str, int]
@@ -79,28 +82,20 @@ def run_trial(trial: Trial, dtype: str) -> Result:
     fp32 = train_under(one_process(_in_dtype(trial.config, "fp32")), STEPS)
     ours, theirs = compare(found, fp32), compare(alone, fp32)
     kinds = ("loss_rms", "all_gradients", "gradient")
-    return Result(trial, dtype, vars(ours), {kind: 2 * vars(theirs)[kind] for kind in kinds})
+    return Result(trial, dtype, vars(ours), {kind: 2 * vars(theirs)[kind] for kind in kinds} | {"copies": 0.0})
 
 
 def make_trials(config: RunConfig) -> list[Trial]:
-    """For every choice of axes that fits, one trial; and one more for each way in which M stands to PP in the run's batch ramp."""
+    """One trial for each set of axes that fits and is part of no larger one; one more for each way in which M stands to PP in the ramp."""
     p = config.parallel
-    sizes = {"tp": _small_tp(config), "cp": min(p.context_parallel_size, 2), "pp": _small_pp(p), "dp": min(p.data_parallel_size, 2)}
+    sizes = {"tp": _small_tp(config), "cp": min(p.context_parallel_size, 2), "pp": _small_pp(config), "dp": min(p.data_parallel_size, 2)}
     used = [axis for axis in AXES if sizes[axis] > 1]
-    choices = [used]
-    while any(_ranks(sizes, chosen) > MAX_RANKS for chosen in choices):
-        choices = list(combinations(used, len(choices[0]) - 1))
+    fitting = [c for n in range(len(used), -1, -1) for c in combinations(used, n) if math.prod(sizes[a] for a in c) <= MAX_RANKS]
+    choices = [chosen for chosen in fitting if not any(set(chosen) < set(other) for other in fitting)]
     classes = _microbatch_classes(config)
     trials = [_trial(config, {a: sizes[a] if a in chosen else 1 for a in AXES}, classes[-1]) for chosen in choices]
     with_pipeline = next((t.axes for t in trials if t.axes["pp"] > 1), trials[0].axes)
     return trials + [_trial(config, with_pipeline, other) for other in classes[:-1]]
-
-
-def _ranks(sizes: dict[str, int], chosen) -> int:
-    total = 1
-    for axis in chosen:
-        total *= sizes[axis]
-    return total
 
 
 def _small_tp(config: RunConfig) -> int:
@@ -109,10 +104,15 @@ def _small_tp(config: RunConfig) -> int:
     return 1 if tp == 1 else min(max(2, tp // kv), MAX_RANKS)
 
 
-def _small_pp(parallel: ParallelConfig) -> int:
-    """2, or 3 where the first or last rank differs from those between them."""
-    uneven = parallel.decoder_first_pipeline_num_layers or parallel.decoder_last_pipeline_num_layers
-    return min(parallel.pipeline_model_parallel_size, 3 if uneven else 2)
+def _small_pp(config: RunConfig) -> int:
+    """2, or 3 where the first or last rank differs from those between them, or M lies between 1 and PP."""
+    p = config.parallel
+    uneven = p.decoder_first_pipeline_num_layers or p.decoder_last_pipeline_num_layers or (_accounted(p) and p.chunks_per_rank == 1)
+    return min(p.pipeline_model_parallel_size, 3 if uneven or "M < PP" in _microbatch_classes(config) else 2)
+
+
+def _accounted(p: ParallelConfig) -> int:
+    return p.account_for_embedding_in_pipeline_split + p.account_for_loss_in_pipeline_split
 
 
 def _microbatch_classes(config: RunConfig) -> list[str]:
@@ -132,9 +132,15 @@ def _trial(config: RunConfig, axes: dict[str, int], microbatch_class: str) -> Tr
     small = RunConfig(dry_run=True)
     small.parallel = _small_parallel(config, axes)
     small.model = _small_model(config, small.parallel)
-    small.data.seq_length = 48
-    small.data.document_mask, small.data.reset_position_ids = config.data.document_mask, config.data.reset_position_ids
-    small.optimizer = replace(config.optimizer, lr=min(config.optimizer.lr, 2e-4), clip_grad=min(config.optimizer.clip_grad, 0.3))
+    if small.parallel.recompute_num_layers:
+        small.parallel.recompute_num_layers = min(small.parallel.recompute_num_layers, 2, small.model.num_layers)
+    small.data.seq_length = 2 * math.lcm(24, axes["tp"])  # CP, TP and sequence parallelism divide it
+    for name in ("document_mask", "reset_position_ids", "loss_across_documents"):
+        setattr(small.data, name, getattr(config.data, name))
+    # Every step of a trial has the peak learning rate.
+    constant = {"lr": min(config.optimizer.lr, 2e-4), "min_lr": 0.0, "lr_warmup_iters": 0, "lr_decay_iters": None}
+    small.optimizer = replace(config.optimizer, **constant, clip_grad=min(config.optimizer.clip_grad, 0.3))
+    small.training.attention_kernel = "reference" if config.training.attention_kernel == "reference" else "sdpa"
     small.training.micro_batch_size = min(config.training.micro_batch_size, 2)
     small.training.global_batch_size = m * small.training.micro_batch_size * axes["dp"]
     small.training.loss_chunk_size = 20
@@ -157,8 +163,6 @@ def _small_parallel(config: RunConfig, axes: dict[str, int]) -> ParallelConfig:
         name = f"decoder_{end}_pipeline_num_layers"
         if getattr(original, name) is not None:
             setattr(p, name, _weight_of_end(config, end) * p.chunks_per_rank)
-    if p.recompute_num_layers is not None:
-        p.recompute_num_layers = min(p.recompute_num_layers, 2)
     return p
 
 
@@ -167,15 +171,14 @@ def _without_pipeline(p: ParallelConfig) -> ParallelConfig:
     kept = ("num_virtual_stages_per_pipeline_rank", "microbatch_group_size_per_vp_stage", "pipeline_schedule")
     ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
     accounted = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-    p = replace(p, **{name: getattr(plain, name) for name in (*kept, *ends, *accounted)})
-    return replace(p, recompute_num_layers=min(p.recompute_num_layers, 2)) if p.recompute_num_layers else p
+    return replace(p, **{name: getattr(plain, name) for name in (*kept, *ends, *accounted)})
 
 
 def _weight_of_end(config: RunConfig, end: str) -> int:
     """Layers a chunk of the first or last rank: 1, 2 or 3 where the ranks between have 2."""
     ranks = _layers_of_ranks(config)
-    own, middle = (ranks[0] if end == "first" else ranks[-1]), ranks[len(ranks) // 2]
-    return 2 + (own > middle) - (own < middle)
+    own, neighbour = ranks[:2] if end == "first" else ranks[:-3:-1]
+    return 2 + (own > neighbour) - (own < neighbour)
 
 
 def _layers_of_ranks(config: RunConfig) -> list[int]:
@@ -210,15 +213,14 @@ def _small_model(config: RunConfig, small: ParallelConfig) -> ModelConfig:
 
 def _number_of_layers(config: RunConfig, p: ParallelConfig) -> int:
     stages, chunks = p.pipeline_model_parallel_size, p.chunks_per_rank
-    accounted = p.account_for_embedding_in_pipeline_split + p.account_for_loss_in_pipeline_split
     if stages == 1:
         return 2
     ends = [getattr(p, f"decoder_{end}_pipeline_num_layers") for end in ("first", "last")]
     if any(ends):
         return sum(end or 2 * chunks for end in ends) + (stages - 2) * 2 * chunks
     lengths = [len(c.layers) for c in layers_of_chunks(config.model, config.parallel)]
-    several = max(lengths) > 1 or stages * chunks - accounted < 1
-    return stages * chunks * (2 if several else 1) - accounted
+    several = max(lengths) > 1 or stages * chunks - _accounted(p) < 1
+    return stages * chunks * (2 if several else 1) - _accounted(p)
 
 
 def _in_dtype(config: RunConfig, dtype: str) -> RunConfig:
@@ -228,43 +230,58 @@ def _in_dtype(config: RunConfig, dtype: str) -> RunConfig:
 
 
 def describe(trial: Trial) -> str:
-    axes = " x ".join(f"{axis.upper()} {size}" for axis, size in trial.axes.items() if size > 1)
+    axes = _product(trial.axes, [axis for axis in AXES if trial.axes[axis] > 1])
     return f"{axes or 'one process'}, M {trial.microbatches}"
+
+
+def _product(sizes: dict[str, int], axes: Iterable[str]) -> str:
+    return " x ".join(f"{axis.upper()} {sizes[axis]}" for axis in axes)
 
 
 def _list_features(certificate: Certificate, trials: list[Trial]) -> None:
     config, p = certificate.config, certificate.config.parallel
     done, missing = certificate.exercised, certificate.not_exercised
     sizes = dict(zip(AXES, (p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size, p.data_parallel_size)))
+    tried = {axis: max(t.axes[axis] for t in trials) for axis in AXES}
     used = [axis for axis in AXES if sizes[axis] > 1]
-    for axis in used:
-        done.append(f"{axis.upper()} (the run: {sizes[axis]}, tried: {max(t.axes[axis] for t in trials)})")
-    if not any(all(t.axes[axis] > 1 for axis in used) for t in trials):
-        missing.append(f"all of {', '.join(a.upper() for a in used)} at once: {2 ** len(used)} processes or more; tried by threes")
-    done += [text for text, condition in _features(config).items() if condition]
+    done += [f"{axis.upper()} (the run: {sizes[axis]}, tried: {tried[axis]})" for axis in used]
+    for together in (c for n in range(2, len(used) + 1) for c in combinations(used, n)):
+        if not any(all(t.axes[axis] > 1 for axis in together) for t in trials):
+            processes = math.prod(tried[axis] for axis in together)
+            missing.append(f"{_product(tried, together)} together: {processes} processes, where a trial has at most {MAX_RANKS}")
+    features_tried = {feature for trial in trials for feature in _features(trial.config)}
+    for feature in _features(config):
+        (done if feature in features_tried else missing).append(feature)
     kept_ratio = p.tensor_model_parallel_size // config.model.num_query_groups
     if kept_ratio > MAX_RANKS:
         missing.append(f"one KV head shared by {kept_ratio} TP ranks (tried: {MAX_RANKS})")
-    if config.training.attention_kernel in ("flex", "varlen"):
-        missing.append(f"--attention-kernel {config.training.attention_kernel}, which needs a GPU (tried: sdpa)")
+    kernel = config.training.attention_kernel
+    if kernel in ("flex", "varlen"):
+        missing.append(f"--attention-kernel {kernel}, which needs a GPU (tried: sdpa)")
+    if kernel == "auto" and config.optimizer.bf16:
+        missing.append("--attention-kernel auto, which is varlen on a GPU in bf16 (tried: sdpa)")
     if config.data.seq_length_schedule:
         missing.append("--seq-length-schedule: every trial has one sequence length")
 
 
-def _features(config: RunConfig) -> dict[str, bool]:
+def _features(config: RunConfig) -> list[str]:
+    """What a run or a trial has, in the same words for both."""
     p, model = config.parallel, config.model
-    accounted = p.account_for_embedding_in_pipeline_split or p.account_for_loss_in_pipeline_split
+    lengths = [len(c.layers) for c in layers_of_chunks(model, p)]
+    n, stages = p.microbatch_group_size_per_vp_stage, p.pipeline_model_parallel_size
     recompute = " ".join(str(x) for x in (p.recompute_granularity, p.recompute_method) if x)
-    return {
+    features = {
         f"engine {p.engine}" + (f", ZeRO-{p.zero_stage}" if p.engine == "deepspeed" else ""): True,
         "optimizer offload": p.optimizer_cpu_offload,
         "sequence parallelism": p.sequence_parallel,
-        f"schedule {p.pipeline_schedule}": p.pipeline_model_parallel_size > 1,
+        f"schedule {p.pipeline_schedule}": stages > 1,
         f"V = {p.chunks_per_rank} chunks a rank": p.chunks_per_rank > 1,
-        "N against PP": p.microbatch_group_size_per_vp_stage is not None,
-        "M against PP: " + ", ".join(_microbatch_classes(config)): True,
-        "stages that hold only the embedding or only the output": accounted,
-        "uneven first or last stage": bool(p.decoder_first_pipeline_num_layers or p.decoder_last_pipeline_num_layers),
+        "N below PP": n is not None and n < stages,
+        "N equal to PP": n is not None and n == stages,
+        "N above PP": n is not None and n > stages,
+        **dict.fromkeys(_microbatch_classes(config), stages > 1),
+        "stages that hold only the embedding or only the output": min(lengths) == 0,
+        "chunks of different length": min(lengths) != max(lengths),
         f"recomputation: {recompute}": bool(recompute),
         "compiled blocks": p.compile_blocks,
         "tied embeddings": not model.untie_embeddings_and_output_weights,
@@ -272,8 +289,11 @@ def _features(config: RunConfig) -> dict[str, bool]:
         "a vocabulary that TP does not divide": bool(model.vocab_size % p.tensor_model_parallel_size),
         "RoPE scaling": model.use_rope_scaling,
         "document mask": config.data.document_mask,
+        "positions that start anew in each document": config.data.reset_position_ids,
+        "loss across documents": config.data.loss_across_documents,
         "bf16 with float32 master weights": config.optimizer.bf16,
     }
+    return [text for text, present in features.items() if present]
 
 
 def _judged(value: float, bound: float) -> str:
@@ -307,5 +327,3 @@ def as_markdown(certificate: Certificate, flags: list[str]) -> str:
         "Outside of any certificate: the true sizes, GPU kernels, NCCL and the network.",
     ]
     return "\n".join(lines) + "\n"
-
-

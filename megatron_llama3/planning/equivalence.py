@@ -165,7 +165,8 @@ def synthetic_batch(config: RunConfig, step: int, dp_rank: int, dp_size: int) ->
     if config.data.reset_position_ids:
         position_ids = position_ids - np.maximum.accumulate(np.where(new_document, position_ids, 0), axis=1)
     mask = rng.random((g, s)) > np.linspace(0, 0.7, g)[:, None]
-    mask[:, :-1] &= ~new_document[:, 1:]
+    if not config.data.loss_across_documents:
+        mask[:, :-1] &= ~new_document[:, 1:]
     if g > 1:
         mask[1 if step % 4 == 1 else -1 :] = False
     arrays = Batch(

@@ -35,3 +35,11 @@ def test_a_layout_that_cannot_work_is_one_line(tmp_path):
     assert "error: world size 6 is not divisible by TP x PP x CP" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_its_own_flag_and_those_of_the_run(tmp_path):
+    done = run_tool("--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "[--certificate FILE.md]" in done.stdout
+    assert "Where to write it." in done.stdout
+    assert "--tensor-model-parallel-size N" in done.stdout
