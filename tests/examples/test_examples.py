@@ -82,9 +82,12 @@ def test_refused_dry_run(flags, message, no_torch):
 
 def test_missing_data_is_refused_before_torch(no_torch, tmp_path):
     prefix = str(tmp_path / "text")
-    done = run("examples/pretrain_llama3_8b.sh", RANK="0", WORLD_SIZE="8", DATA_PATH=f"1.0 {prefix}", PYTHONPATH=no_torch)
+    tokenizer = f"{prefix}.model"
+    paths = {"DATA_PATH": f"1.0 {prefix}", "TOKENIZER_MODEL": tokenizer, "PYTHONPATH": no_torch}
+    done = run("examples/pretrain_llama3_8b.sh", RANK="0", WORLD_SIZE="8", **paths)
     assert done.returncode == 2
-    assert done.stderr == f"error: --data-path {prefix}: no file {prefix}.bin\n"
+    data = f"error: --data-path {prefix}: no file {prefix}.bin\n"
+    assert done.stderr == f"{data}error: --tokenizer-model {tokenizer}: no such file or folder\n"
 
 
 def _echo(folder: Path, name: str, text: str) -> None:
@@ -108,7 +111,7 @@ def test_without_ranks_it_starts_torchrun(tmp_path):
 def test_sbatch_gives_each_task_its_rank_and_one_rendezvous(tmp_path):
     # Many nodes: a script that stopped reading after the first would break the pipe and end without a word.
     _echo(tmp_path, "scontrol", '[[ "$*" == "show hostnames gpu[7-20000]" ]] && seq -f "gpu%.0f" 7 20000')
-    _echo(tmp_path, "srun", 'shift; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@"; done')
+    _echo(tmp_path, "srun", 'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@"; done')
     _echo(tmp_path, "python", 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $2 ${*: -2}"')
     slurm = {"SLURM_JOB_NODELIST": "gpu[7-20000]", "SLURM_JOB_ID": "31234", "SLURM_NTASKS": "2"}
     paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
