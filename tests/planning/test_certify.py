@@ -175,7 +175,7 @@ def test_a_broken_number_fails_and_an_infinite_one_too():
 
 @pytest.mark.slow
 def test_a_real_layout_passes_and_a_planted_fault_fails(monkeypatch):
-    from megatron_llama3.planning.faults import FAULTS
+    from tests.planning.faults import FAULTS
 
     monkeypatch.setattr(module, "STEPS", 2)
     run = config("--world-size 2 --tensor-model-parallel-size 2 --sequence-parallel --num-layers 2")

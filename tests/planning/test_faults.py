@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_llama3.planning.equivalence import BOUNDS, compare, train_under
-from megatron_llama3.planning.faults import FAULTS
+from tests.planning.faults import FAULTS
 from tests.training.layouts import Row, config_of
 from tests.training.test_equivalence import PLAIN, reference
 
