@@ -17,6 +17,8 @@ _DISPUTED = (
     "\U0002b73a-\U0002b73f\U0002cea2-\U0002cead\U000323b0-\U00033479"
 )
 _disputed = re.compile(f"[{_DISPUTED}]").search
+# Byte strings of which each of these characters has one in UTF-8: finding none is many times faster than that search.
+_DISPUTED_BYTES = (b"\xf0", b"\xea\x9f", b"\xe0\xa2\x8f", b"\xe0\xb1\x9c", b"\xe0\xb3\x9c")
 
 
 class BulkTokenizer:
@@ -36,9 +38,14 @@ class BulkTokenizer:
         return np.concatenate([self._encode_piece(piece) for piece in split_for_encoding(text)])
 
     def _encode_piece(self, piece: str) -> np.ndarray:
-        if not piece.isascii() and _disputed(piece):
+        utf8 = piece.encode()
+        if not piece.isascii() and _is_disputed(piece, utf8):
             return np.array(self.tokenizer.encode(piece), dtype=np.uint32)
-        return self._encode(piece)
+        return self._encode(utf8)
+
+
+def _is_disputed(piece: str, utf8: bytes) -> bool:
+    return any(mark in utf8 for mark in _DISPUTED_BYTES) and _disputed(piece) is not None
 
 
 def _gigatoken(tokenizer: Tokenizer):

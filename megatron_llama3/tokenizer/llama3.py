@@ -44,7 +44,7 @@ SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"reserved_special_
 # Meta's guards: tiktoken panics on very long input, and its time grows with the square of an unbroken run.
 MAX_ENCODE_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
-_RUNS = re.compile(r"\s+|\S+")
+_RUNS, _SPACE, _NO_SPACE = (re.compile(pattern) for pattern in (r"\s+|\S+", r"\s", r"\S"))
 
 
 class Tokenizer:
@@ -163,10 +163,17 @@ def split_for_encoding(text: str) -> Iterator[str]:
     """Cuts `text` as Meta's Tokenizer does: at every 400,000 characters, and runs of (non-)whitespace at 25,000."""
     for start in range(0, len(text), MAX_ENCODE_CHARS):
         piece = text[start : start + MAX_ENCODE_CHARS]
-        if len(piece) <= MAX_RUN_CHARS:
+        if len(piece) <= MAX_RUN_CHARS or not _may_have_long_run(piece):
             yield piece
         else:
             yield from _split_long_runs(piece)
+
+
+def _may_have_long_run(piece: str) -> bool:
+    """False only if no run exceeds the limit: such a run would fill one of these blocks, of half its length, from end to end."""
+    block = MAX_RUN_CHARS // 2
+    starts = range(0, len(piece) - block + 1, block)
+    return not all(_SPACE.search(piece, start, start + block) and _NO_SPACE.search(piece, start, start + block) for start in starts)
 
 
 def _split_long_runs(piece: str) -> Iterator[str]:

@@ -10,6 +10,8 @@ import json
 import os
 from pathlib import Path
 
+import orjson
+
 from megatron_llama3.config.errors import UserError
 
 # The paper keeps tiktoken's cl100k pattern (paper 3.2; Meta's llama-models, tokenizer.py).
@@ -91,11 +93,11 @@ def _split_pattern(pre_tokenizer: dict) -> str | None:
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every split of every token into two tokens, by the whole's rank: what tiktoken's ranks mean, spelled out for Hugging Face."""
     merges = []
-    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        merges.extend(splits if len(splits) == 1 else sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])))
+    for token in sorted(ranks, key=ranks.__getitem__):
+        splits = [(left, right) for i in range(1, len(token)) if (left := token[:i]) in ranks and (right := token[i:]) in ranks]
+        if len(splits) > 1:
+            splits.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += splits
     return merges
 
 
@@ -105,7 +107,7 @@ def huggingface_json(ranks: dict[bytes, int], specials: dict[str, int], bos: str
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
-    return json.dumps(
+    return orjson.dumps(
         {
             "version": "1.0",
             "truncation": None,
@@ -127,9 +129,8 @@ def huggingface_json(ranks: dict[bytes, int], specials: dict[str, int], bos: str
                 "vocab": {spelled[token]: rank for token, rank in ranks.items()},
                 "merges": [f"{spelled[left]} {spelled[right]}" for left, right in merges_of(ranks)],
             },
-        },
-        ensure_ascii=False,
-    )
+        }
+    ).decode()
 
 
 def _bos_template(bos: str, bos_id: int, byte_level: dict) -> dict:
