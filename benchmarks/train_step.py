@@ -1,9 +1,10 @@
 """One training step beside Hugging Face's, in one run, as ratios: tokens/s, peak memory and, on a GPU, MFU.
 
     python benchmarks/train_step.py                       # CPU: a 25M-parameter model, fp32, one process
-    python benchmarks/train_step.py --device cuda         # one GPU: 8 layers of 8B width, sequence 8,192, bf16
-    python benchmarks/train_step.py --device cuda --document-lengths FILE   # the same with real document lengths, one number a line
+    python benchmarks/train_step.py --device cuda         # one GPU: 8 layers of 8B width, sequence 8,192, bf16; as one document, then packed
 
+The packed sequence holds documents of the lengths in --document-lengths, one number a line; benchmarks/document_lengths.txt are the modules
+of Python 3.11's standard library in Llama 3 tokens, shuffled. Its MFU counts unmasked query-key pairs only.
 Each side runs in a process of its own, in turns (ours, theirs, ours, ...), and the median of its steps counts. Both train the same layers
 with AdamW on the same tokens; ours through the engine that `recipes.pretrain` uses, gradient clipping included on both sides.
 """
@@ -45,23 +46,26 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each turn, after two to warm up")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--document-lengths", help="file of document lengths in tokens, one a line, packed into the sequence")
+    parser.add_argument("--document-lengths", default=str(Path(__file__).with_name("document_lengths.txt")), metavar="FILE")
+    parser.add_argument("--packed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=["ours", "theirs", "theirs+liger", "head"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args.side, args.device, args.steps, document_lengths(args.document_lengths, BATCH[args.device][1]))))
+        documents = document_lengths(args.document_lengths if args.packed else None, BATCH[args.device][1])
+        print(json.dumps(measure(args.side, args.device, args.steps, documents)))
         return
     sides = ["ours", "theirs"] + (["theirs+liger", "head"] if args.device == "cuda" else [])
-    report({side: turns for side, turns in run_in_turns(sides, args).items() if turns}, args.device)
+    for packed in [False, True] if args.device == "cuda" else [False]:
+        print("\n" + (f"documents of {args.document_lengths}" if packed else "one document a sequence"))
+        report({side: turns for side, turns in run_in_turns(sides, args, packed).items() if turns})
 
 
-def run_in_turns(sides: list[str], args) -> dict[str, list[dict]]:
+def run_in_turns(sides: list[str], args, packed: bool) -> dict[str, list[dict]]:
     results: dict[str, list[dict]] = {side: [] for side in sides}
     for turn in range(args.turns):
         for side in sides:
             command = [sys.executable, __file__, "--side", side, "--device", args.device, "--steps", str(args.steps)]
-            if args.document_lengths:
-                command += ["--document-lengths", args.document_lengths]
+            command += ["--document-lengths", args.document_lengths] + ["--packed"] * packed
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 print(f"{side} could not run: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -71,7 +75,7 @@ def run_in_turns(sides: list[str], args) -> dict[str, list[dict]]:
     return results
 
 
-def report(results: dict[str, list[dict]], device: str) -> None:
+def report(results: dict[str, list[dict]]) -> None:
     if "ours" not in results:
         sys.exit("error: our side could not run, see above")
     best = {side: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]} for side, turns in results.items()}
