@@ -1,10 +1,12 @@
 """One training step beside Hugging Face's, in one run, as ratios: tokens/s, peak memory and, on a GPU, MFU.
 
     python benchmarks/train_step.py                       # CPU: a 25M-parameter model, fp32, one process
-    python benchmarks/train_step.py --device cuda         # one GPU: 8 layers of 8B width, sequence 8,192, bf16; as one document, then packed
+    python benchmarks/train_step.py --device cuda         # one GPU: 8 layers of 8B width, sequence 8,192, bf16, twice
 
-The packed sequence holds documents of the lengths in --document-lengths, one number a line; benchmarks/document_lengths.txt are the modules
-of Python 3.11's standard library in Llama 3 tokens, shuffled. Its MFU counts unmasked query-key pairs only.
+On a GPU the sequence is one document, then packed: documents of the lengths in --document-lengths, one number a line. In
+benchmarks/document_lengths.txt they are the modules of Python 3.11's standard library in Llama 3 tokens, shuffled. MFU counts unmasked
+query-key pairs only.
+
 Each side runs in a process of its own, in turns (ours, theirs, ours, ...), and the median of its steps counts. Both train the same layers
 with AdamW on the same tokens; ours through the engine that `recipes.pretrain` uses, gradient clipping included on both sides.
 """

