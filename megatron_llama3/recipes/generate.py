@@ -71,8 +71,8 @@ def open_checkpoint(args: argparse.Namespace) -> tuple["WeightSource", "Tokenize
         source, path = open_hf(args.load_hf), args.load_hf
     else:
         folder = resolve_native(args.load)
-        source = open_native(folder)
-        path = folder / TOKENIZER_FOLDER if source.assets else load_run_config(str(folder / CONFIG_FILE)).data.tokenizer_model
+        source, kept = open_native(folder), folder / TOKENIZER_FOLDER
+        path = kept if source.assets and kept.is_dir() else load_run_config(str(folder / CONFIG_FILE)).data.tokenizer_model
     path = args.tokenizer_model or path
     if path is None:
         raise UserError(f"{args.load}: its run_config.yaml names no tokenizer: give --tokenizer-model")

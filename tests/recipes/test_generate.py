@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +10,9 @@ import pytest
 
 from megatron_llama3.checkpoint.huggingface import export_hf
 from megatron_llama3.checkpoint.lazy import WeightSource
-from megatron_llama3.checkpoint.native import write_native
+from megatron_llama3.checkpoint.native import CONFIG_FILE, TOKENIZER_FOLDER, write_native
 from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets
+from megatron_llama3.config.command_line import load_run_config, resolved_yaml
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.recipes import generate
@@ -22,13 +24,20 @@ VOCABULARY = 512  # the 256 bytes and the 256 special tokens
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a model of random weights in three forms: native with its tokenizer, native without, and Hugging Face's."""
+    """A folder with a model of random weights: native with its tokenizer, native without one, native as a run saves it (the config names
+    the tokenizer), and Hugging Face's."""
     folder = tmp_path_factory.mktemp("checkpoints")
     Tokenizer({bytes([i]): i for i in range(256)}).save(folder / "tokenizer")
     source = random_source(vocab_size=VOCABULARY)
     for name, assets in (("native", tokenizer_assets(folder / "tokenizer")), ("bare", {})):
         (folder / name).mkdir()
         write_native(WeightSource(source.model, source.weights, assets), folder / name)
+    saved = folder / "run" / "iter_0000000"
+    shutil.copytree(folder / "bare", folder / "run")
+    shutil.rmtree(saved / TOKENIZER_FOLDER)
+    config = load_run_config(str(saved / CONFIG_FILE))
+    config.data.tokenizer_model = str(folder / "tokenizer")
+    (saved / CONFIG_FILE).write_text(resolved_yaml(config))
     export_hf(folder / "native", folder / "hf")
     return folder
 
@@ -51,6 +60,7 @@ def test_every_form_and_layout_gives_the_same_text(folder):
     assert "\ndef main" in text
     assert run(1, "--load", str(folder / "native" / "iter_0000000"), *prompts) == [text]
     assert run(1, "--load", str(folder / "bare"), "--tokenizer-model", str(folder / "tokenizer"), *prompts) == [text]
+    assert run(1, "--load", str(folder / "run"), *prompts) == [text]
     assert run(1, "--load-hf", str(folder / "hf"), *prompts) == [text]
     assert run(2, "--load", str(folder / "native"), *prompts) == [text, ""]
 
