@@ -35,6 +35,8 @@ class ModelInputs:
     mask: AttentionMask
     targets: Tensor | None = None
     """int64 [s, b]; without targets the model returns logits"""
+    loss_weights: Tensor | None = None
+    """[s, b]: set where the loss will be the sum of these times the log-probabilities, times one number (see loss.py)"""
     rotary: tuple[Tensor, Tensor] | None = None
     plan: Any = None
     """The rotary table and the attention kernel's plan, made by the first chunk on this rank that has layers."""
@@ -158,7 +160,7 @@ class Llama(nn.Module):
                 x = checkpoint(self._run, group, x, inputs.rotary, inputs.plan, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = self._run(group, x, inputs.rotary, inputs.plan, caches)
-        return x if self.output is None else self._head(x, inputs.targets)
+        return x if self.output is None else self._head(x, inputs)
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Global name -> this rank's part. A tied output layer goes by the embedding's name, also on a stage without the embedding."""
@@ -182,10 +184,11 @@ class Llama(nn.Module):
             return [([number], True) for number in numbers[:n]] + [(numbers[n:], False)]
         return [(numbers[i : i + n], True) for i in range(0, len(numbers), n)]
 
-    def _head(self, x: Tensor, targets: Tensor | None) -> Tensor:
-        x = self.norm(x)
+    def _head(self, x: Tensor, inputs: ModelInputs) -> Tensor:
+        x, targets = self.norm(x), inputs.targets
         if targets is not None:
-            return token_log_probs(x, self.output.weight, targets, self._first_row(), self.tp, self.options.loss_chunk_size)
+            chunk_size = self.options.loss_chunk_size
+            return token_log_probs(x, self.output.weight, targets, self._first_row(), self.tp, chunk_size, inputs.loss_weights)
         logits = self.tp.gather_input(x) @ local(self.output.weight).T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -1,5 +1,9 @@
 """Per-token log-probabilities over a vocabulary cut by TP, in chunks of tokens, so that neither the full logits nor their gradient is
-ever held: with 128,256 columns they would be the largest tensors of the step. The backward pass makes each chunk's logits again."""
+ever held: with 128,256 columns they would be the largest tensors of the step.
+
+In general the backward pass makes each chunk's logits again. Where the loss is a weighted sum of the log-probabilities and the weights are
+known beforehand, as in pretraining, the gradients are made in the forward pass while a chunk's logits are there.
+"""
 
 import torch
 import torch.distributed as dist
@@ -9,22 +13,32 @@ from torch.autograd import Function
 from megatron_llama3.parallel.tensor_parallel import TensorParallel, local
 
 
-def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, first_row: int, tp: TensorParallel, chunk_size: int) -> Tensor:
+def token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    first_row: int,
+    tp: TensorParallel,
+    chunk_size: int,
+    loss_weights: Tensor | None = None,
+) -> Tensor:
     """log p(target) of each token, in at least float32.
 
     hidden [s, b, h] (this rank's part of s under sequence parallelism), weight [V/t, h] with rows `first_row` onward, targets int64
-    [s, b] of the whole gathered s -> [s, b].
+    [s, b] of the whole gathered s -> [s, b]. With `loss_weights` [s, b] the gradient that comes back must be these times one number.
     """
-    return _ChunkedLogProbs.apply(tp.gather_input(hidden), local(weight), targets, first_row, tp.group, chunk_size)
+    return _ChunkedLogProbs.apply(tp.gather_input(hidden), local(weight), targets, first_row, tp.group, chunk_size, loss_weights)
 
 
 class _ChunkedLogProbs(Function):
     @staticmethod
-    def forward(ctx, hidden, weight, all_targets, first_row, group, chunk_size):
+    def forward(ctx, hidden, weight, all_targets, first_row, group, chunk_size, loss_weights):
         x, targets = hidden.flatten(0, 1), all_targets.flatten()
         dtype = torch.promote_types(x.dtype, torch.float32)
         result = x.new_empty(all_targets.shape, dtype=dtype)
         log_probs, log_sums = result.view(-1), x.new_empty(len(x), dtype=dtype)
+        is_wanted = loss_weights is not None and any(ctx.needs_input_grad[:2])
+        gradients = _Gradients(x, weight, dtype, *ctx.needs_input_grad[:2]) if is_wanted else None
         for rows in _chunks(len(x), chunk_size):
             logits = (x[rows] @ weight.T).to(dtype)
             peak = logits.amax(-1)
@@ -37,28 +51,56 @@ class _ChunkedLogProbs(Function):
                 dist.all_reduce(sums, group=group)
             log_sums[rows] = sums[0].log() + peak
             log_probs[rows] = sums[1] - sums[0].log()
-        ctx.save_for_backward(x, weight, targets, log_sums)
-        ctx.first_row, ctx.chunk_size, ctx.hidden_shape = first_row, chunk_size, hidden.shape
+            if gradients is not None:
+                probabilities = logits.div_(sums[0].unsqueeze(-1))
+                gradients.add(rows, probabilities, targets[rows] - first_row, loss_weights.flatten()[rows].to(dtype))
+        ctx.hidden_shape, ctx.first_row, ctx.chunk_size = hidden.shape, first_row, chunk_size
+        ctx.is_ready, ctx.weight_dtype = gradients is not None, weight.dtype
+        if ctx.is_ready:
+            one_that_counts = loss_weights.flatten().argmax()
+            ctx.save_for_backward(gradients.x, gradients.weight, loss_weights, one_that_counts)
+        else:
+            ctx.save_for_backward(x, weight, targets, log_sums)
         return result
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, targets, log_sums = ctx.saved_tensors
-        grad = grad.flatten()
-        x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight, dtype=log_sums.dtype) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(len(x), ctx.chunk_size):
-            probabilities = (x[rows] @ weight.T).to(log_sums.dtype).sub_(log_sums[rows].unsqueeze(-1)).exp_()
-            # d log p(target) / d logits = onehot(target) - p
-            logits_grad = probabilities.mul_(-grad[rows].unsqueeze(-1))
-            _add_at_target(logits_grad, targets[rows] - ctx.first_row, grad[rows])
-            logits_grad = logits_grad.to(x.dtype)
-            if x_grad is not None:
-                torch.mm(logits_grad, weight, out=x_grad[rows])
-            if weight_grad is not None:
-                weight_grad += logits_grad.T @ x[rows]
+        if ctx.is_ready:
+            x_grad, weight_grad, loss_weights, one_that_counts = ctx.saved_tensors
+            loss_weights = loss_weights.to(grad.dtype)
+            scale = grad.flatten()[one_that_counts] / loss_weights.flatten()[one_that_counts].clamp_min(torch.finfo(grad.dtype).tiny)
+            is_as_promised = torch.isclose(grad, scale * loss_weights).all()
+            torch._assert_async(is_as_promised, "the loss is no weighted sum by `loss_weights`")
+            x_grad, weight_grad = (None if g is None else (g.to(scale.dtype) * scale).to(g.dtype) for g in (x_grad, weight_grad))
+        else:
+            x, weight, targets, log_sums = ctx.saved_tensors
+            gradients = _Gradients(x, weight, log_sums.dtype, *ctx.needs_input_grad[:2])
+            for rows in _chunks(len(x), ctx.chunk_size):
+                probabilities = (x[rows] @ weight.T).to(log_sums.dtype).sub_(log_sums[rows].unsqueeze(-1)).exp_()
+                gradients.add(rows, probabilities, targets[rows] - ctx.first_row, grad.flatten()[rows])
+            x_grad, weight_grad = gradients.x, gradients.weight
         x_grad = None if x_grad is None else x_grad.view(ctx.hidden_shape)
-        return x_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None, None, None
+        return x_grad, None if weight_grad is None else weight_grad.to(ctx.weight_dtype), None, None, None, None, None
+
+
+class _Gradients:
+    """The gradients of sum(weights * log p(target)), a chunk of tokens at a time; the output weight's is summed in `dtype`."""
+
+    def __init__(self, x: Tensor, weight: Tensor, dtype: torch.dtype, needs_x: bool, needs_weight: bool):
+        self.inputs, self.output_weight = x, weight
+        self.x = torch.empty_like(x) if needs_x else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+
+    def add(self, rows: slice, probabilities: Tensor, columns: Tensor, weights: Tensor) -> None:
+        """Uses up `probabilities`, [rows, V/t]."""
+        # d log p(target) / d logits = onehot(target) - p
+        logits_grad = probabilities.mul_(-weights.unsqueeze(-1))
+        _add_at_target(logits_grad, columns, weights)
+        logits_grad = logits_grad.to(self.inputs.dtype)
+        if self.x is not None:
+            torch.mm(logits_grad, self.output_weight, out=self.x[rows])
+        if self.weight is not None:
+            self.weight += logits_grad.T @ self.inputs[rows]
 
 
 def _chunks(total: int, size: int) -> list[slice]:

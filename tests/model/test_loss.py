@@ -57,6 +57,27 @@ def test_equals_the_plain_loss_over_three_uneven_parts_of_the_vocabulary():
     torch.testing.assert_close(torch.cat([weight_grad for *_, weight_grad in results]), expected[2])
 
 
+def _weighted_sum(loss_weights, wrong=False):
+    """The gradients of a sum weighted by a mask, made in the forward pass, and those of the general way."""
+    results = []
+    for known in (loss_weights, None):
+        hidden, weight, targets, _ = tensors()
+        tp = TensorParallel(dist.group.WORLD)
+        log_probs = token_log_probs(hidden, weight, targets, 0, tp, 7, known)
+        (-0.37 * (log_probs * (1 - loss_weights if wrong else loss_weights)).sum()).backward()
+        results.append((log_probs.detach(), hidden.grad, weight.grad))
+    return results
+
+
+def test_gradients_made_in_the_forward_pass_equal_those_made_later():
+    mask = (torch.rand(TOKENS, BATCH, generator=torch.Generator().manual_seed(1)) < 0.6).double()
+    for loss_weights in (mask, torch.zeros_like(mask)):
+        for ours, theirs in zip(*run_ranks(1, _weighted_sum, loss_weights)[0]):
+            torch.testing.assert_close(ours, theirs)
+    with pytest.raises(AssertionError, match="no weighted sum"):
+        run_ranks(1, _weighted_sum, mask, True)
+
+
 def test_bf16_inputs_give_float32_log_probabilities_that_sum_to_one():
     ours, *_ = run_ranks(1, _chunked, 7, torch.bfloat16)[0]
     assert ours.dtype == torch.float32

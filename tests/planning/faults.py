@@ -65,11 +65,11 @@ def _count_replicas_in_norm() -> None:
 
 
 def _leave_padded_column_in_softmax() -> None:
-    def padded(original, hidden, weight, targets, first_row, tp, chunk_size) -> Tensor:
+    def padded(original, hidden, weight, targets, first_row, tp, *rest) -> Tensor:
         weight = tensor_parallel.local(weight)
         rows = torch.tensor(weight.shape[0])
         torch.distributed.all_reduce(rows, torch.distributed.ReduceOp.MAX, group=tp.group)
-        return original(hidden, F.pad(weight, (0, 0, 0, int(rows) - weight.shape[0])), targets, first_row, tp, chunk_size)
+        return original(hidden, F.pad(weight, (0, 0, 0, int(rows) - weight.shape[0])), targets, first_row, tp, *rest)
 
     _patch(llama, "token_log_probs", padded)
 
