@@ -85,6 +85,8 @@ def plan_sdpa(mask: AttentionMask, batch: int) -> list[tuple[int, int, Tensor | 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[tuple[int, int, Tensor | None]]) -> Tensor:
     pieces = []
     k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+    if q.is_cuda and any(dense is not None for _, _, dense in plan):  # CUDA's only kernel with both a mask and GQA holds every score
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[1], dim=1) for x in (k, v))
     for piece, (_, end, dense) in _by_range(q, plan):
         out = F.scaled_dot_product_attention(
             piece.permute(1, 2, 0, 3),
@@ -141,8 +143,9 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[tuple[int, int, A
 class Stretches(NamedTuple):
     start: int
     end: int
-    first_keys: list[int]
-    """of each row: where the document of its first query begins"""
+    key_rows: Tensor | None
+    """int64: which rows of the keys [b * end, ...] some query sees; None for all. A tensor, since a compiled block would be compiled anew
+    for other Python numbers."""
     cumulative_queries: Tensor
     """int32 [stretches + 1]"""
     cumulative_keys: Tensor
@@ -153,24 +156,27 @@ def plan_varlen(mask: AttentionMask, batch: int) -> list[Stretches]:
 
 
 def _stretches(mask: AttentionMask, start: int, end: int, batch: int) -> Stretches:
-    query_lengths, key_lengths, first_keys = [], [], []
+    query_lengths, key_lengths, key_rows = [], [], []
     for row in range(batch):
         ids = np.zeros(end, np.int32) if mask.document_ids is None else mask.document_ids[row, :end]
         borders = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), end]
         documents = [(a, e) for a, e in pairwise(borders) if e > start]
-        first_keys.append(documents[0][0])
+        key_rows.append(np.arange(row * end + documents[0][0], (row + 1) * end))
         query_lengths += [e - max(a, start) for a, e in documents]
         key_lengths += [e - a for a, e in documents]
     cumulative = [torch.tensor(np.cumsum([0, *x]), dtype=torch.int32, device=mask.device) for x in (query_lengths, key_lengths)]
-    return Stretches(start, end, first_keys, *cumulative)
+    rows = torch.from_numpy(np.concatenate(key_rows)).to(mask.device) if start else None
+    return Stretches(start, end, rows, *cumulative)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[Stretches]) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     pieces = []
-    for piece, (start, end, first_keys, cumulative_queries, cumulative_keys) in _by_range(q, plan):
-        keys, values = (torch.cat([x[first:end, row] for row, first in enumerate(first_keys)]) for x in (k, v))
+    for piece, (start, end, key_rows, cumulative_queries, cumulative_keys) in _by_range(q, plan):
+        keys, values = (x[:end].transpose(0, 1).flatten(0, 1) for x in (k, v))
+        if key_rows is not None:
+            keys, values = keys[key_rows], values[key_rows]
         queries = piece.transpose(0, 1).flatten(0, 1)
         # The longest stretch is bounded by the range: a fixed number, so that nothing is compiled anew for each batch.
         lengths = (cumulative_queries, cumulative_keys, end - start, end)

@@ -1,11 +1,13 @@
 """Every attention kernel against the textbook one, with documents, two ranges of queries (CP) and a batch."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.model.attention import KERNELS, AttentionMask, choose_kernel
+from megatron_llama3.model.attention import KERNELS, AttentionMask, choose_kernel, reference_attention
 
 SEQUENCE, BATCH, HEADS, KV_HEADS, DIM = 128, 2, 4, 2, 16
 WHOLE = [(0, SEQUENCE)]
@@ -78,12 +80,30 @@ def test_flex_forward(ranges, ids):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_varlen_stretches_are_the_visible_keys():
-    """The kernel itself runs on a GPU; what it is told is checked here."""
-    (stretches,) = KERNELS["varlen"].plan(AttentionMask([(32, 64)], documents()), BATCH)
-    assert stretches.first_keys == [32, 0]
-    assert stretches.cumulative_queries.tolist() == [0, 18, 32, 64]
-    assert stretches.cumulative_keys.tolist() == [0, 18, 32, 96]
+def plain_varlen(q, k, v, cumulative_queries, cumulative_keys, longest_query, longest_key, window_size, enable_gqa):
+    """What torch's varlen_attn computes for window (-1, 0): in each stretch the last query sees the last key."""
+    pieces = []
+    borders = zip(*(pairwise(x.tolist()) for x in (cumulative_queries, cumulative_keys)), strict=True)
+    for (a, e), (key_start, key_end) in borders:
+        assert e - a <= longest_query
+        assert key_end - key_start <= longest_key
+        visible = torch.ones(e - a, key_end - key_start, dtype=torch.bool).tril(key_end - key_start - (e - a))
+        pieces.append(reference_attention(q[a:e, None], k[key_start:key_end, None], v[key_start:key_end, None], visible[None, None])[:, 0])
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("ids", [None, documents()], ids=["one document", "documents"])
+@pytest.mark.parametrize("ranges", [WHOLE, CP_RANGES, OUTER_RANGES], ids=str)
+def test_varlen_is_told_the_visible_keys(monkeypatch, ranges, ids):
+    """The kernel itself runs on a GPU; everything around it is checked here."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+    ours, inputs = attend("varlen", ranges, ids)
+    theirs, reference_inputs = attend("reference", ranges, ids)
+    torch.testing.assert_close(ours, theirs)
+    ours.sin().sum().backward()
+    theirs.sin().sum().backward()
+    for x, y in zip(inputs, reference_inputs):
+        torch.testing.assert_close(x.grad, y.grad)
 
 
 def test_varlen_and_flex_are_refused_on_a_cpu_before_training():
