@@ -146,14 +146,13 @@ def _ignore_rope_scaling() -> None:
 
 
 def _accumulate_in_bf16() -> None:
-    """What is added to a gradient that is there already is added in bf16."""
+    """A gradient that waits for more to be added to it is kept in bf16."""
 
     def backward(original, self: PipelineExecutor, action) -> None:
-        accumulating = {p for p in _accumulators(self.chunks[action.chunk]) if p.grad is not None}
-        original(self, action)
         for p in _accumulators(self.chunks[action.chunk]):
-            if p in accumulating and p.grad is not None:
+            if p.grad is not None:
                 p.grad = p.grad.bfloat16().to(p.dtype)
+        original(self, action)
 
     around = wraps(PipelineExecutor._backward)(lambda *args, original=PipelineExecutor._backward: backward(original, *args))
     PipelineExecutor._COMMANDS = PipelineExecutor._COMMANDS | {"B": around}
