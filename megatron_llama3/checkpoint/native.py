@@ -47,6 +47,17 @@ def resolve_native(path: str | Path) -> Path:
     return folder
 
 
+def read_train_state(folder: Path) -> dict:
+    """Iteration, counts, and of a training run data position and random state. Raises UserError if the file is missing or damaged."""
+    path = folder / STATE_FILE
+    try:
+        state = json.loads(path.read_bytes())
+        int(state["iteration"])
+        return state
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def open_native(path: str | Path) -> WeightSource:
     """The model weights of a native checkpoint (optimiser state is left alone), still on disk.
 

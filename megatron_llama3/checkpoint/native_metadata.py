@@ -93,6 +93,11 @@ def _stored_tensor(key: str, entry: metadata.TensorStorageMetadata, places: dict
 
 def write_metadata(folder: Path, chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int, int]]) -> None:
     """Writes `.metadata` for whole tensors: key -> (dtype, shape, file name, offset, length)."""
+    (Path(folder) / METADATA_FILE).write_bytes(pickle.dumps(whole_tensors(chunks)))
+
+
+def whole_tensors(chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int, int]]) -> metadata.Metadata:
+    """The table of contents of tensors that are one chunk each; arguments as for `write_metadata`."""
     tensors, storage = {}, {}
     for key, (dtype, shape, file, offset, length) in chunks.items():
         size, origin = torch.Size(shape), torch.Size([0] * len(shape))
@@ -100,8 +105,7 @@ def write_metadata(folder: Path, chunks: dict[str, tuple[torch.dtype, tuple[int,
         tensors[key] = metadata.TensorStorageMetadata(properties, size, [metadata.ChunkStorageMetadata(origin, size)])
         storage[metadata.MetadataIndex(key, origin, 0)] = filesystem._StorageInfo(file, offset, length)
     # `planner_data` maps a flat key to its path in the state dict; ours are flat, so each is its own path.
-    content = metadata.Metadata(tensors, {key: (key,) for key in tensors}, storage, version="1.0.0")
-    (Path(folder) / METADATA_FILE).write_bytes(pickle.dumps(content))
+    return metadata.Metadata(tensors, {key: (key,) for key in tensors}, storage, version="1.0.0")
 
 
 class SafeFileSystemReader(FileSystemReader):

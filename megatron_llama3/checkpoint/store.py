@@ -1,9 +1,10 @@
 """Training checkpoints: saved from any layout and engine, loaded into any other, whole or absent, written while training goes on.
 
     SAVE/latest_checkpointed_iteration.txt
-    SAVE/iter_0000500/   torch.distributed.checkpoint files with global names and shapes, run_config.yaml, train_state.json
+    SAVE/iter_0000500/   torch.distributed.checkpoint files with global names and shapes, run_config.yaml, train_state.json, manifest.json
 
-A save is written to `iter_0000500.partial`, synced, renamed, and then named in latest_checkpointed_iteration.txt.
+A save is written to `iter_0000500.partial`, synced, summed up in its manifest, renamed, and then named in
+latest_checkpointed_iteration.txt. Older ones are deleted after that (checkpoint/retention.py).
 """
 
 import base64
@@ -21,9 +22,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from megatron_llama3.checkpoint.native import CONFIG_FILE, LATEST_FILE, STATE_FILE, resolve_native
+from megatron_llama3.checkpoint.huggingface import open_hf
+from megatron_llama3.checkpoint.manifest import MANIFEST_FILE, summarize, write_manifest
+from megatron_llama3.checkpoint.native import CONFIG_FILE, LATEST_FILE, STATE_FILE, read_train_state
 from megatron_llama3.checkpoint.native_metadata import SafeFileSystemReader
 from megatron_llama3.checkpoint.publish import sync
+from megatron_llama3.checkpoint.retention import PARTIAL, REPLACED, delete_older, remove_leftovers
+from megatron_llama3.checkpoint.weight_reader import WeightReader
 from megatron_llama3.config.command_line import resolved_yaml
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
@@ -35,7 +40,8 @@ from megatron_llama3.training.state import TrainState
 class CheckpointWriter:
     """Saves of one run, one at a time. Every rank has one and calls it at the same iterations."""
 
-    def __init__(self, config: RunConfig, engine: Engine):
+    def __init__(self, config: RunConfig, engine: Engine, loaded_from: Path | None = None):
+        """`loaded_from` is never deleted by --keep-last and --keep-every."""
         self.config, self.engine = config, engine
         self.folder = Path(config.checkpoint.save)
         self.group = engine.groups.saving
@@ -43,13 +49,17 @@ class CheckpointWriter:
             raise RuntimeError("saving needs a process group with a CPU backend")
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
+        self.protected = loaded_from and Path(str(loaded_from).removesuffix(REPLACED)).resolve()
         self.last_stall_seconds = 0.0
+        """How long training stood still for the last save: for the one before it to end, if it had not, and for the copy."""
+        if engine.groups.rank == 0:
+            remove_leftovers(self.folder)
 
     def save(self, state: TrainState, stream: TrainingStream) -> None:
         """Copies the run's state to host memory, which is the time training stops for, and writes it in the background."""
-        self.wait()
         started = time.monotonic()
-        partial = self.folder / f"iter_{state.iteration:07d}.partial"
+        self.wait()
+        partial = self.folder / f"iter_{state.iteration:07d}{PARTIAL}"
         if self.engine.groups.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -63,25 +73,54 @@ class CheckpointWriter:
             async_stager=DefaultStager(StagingOptions(False, False, False, False)),
         )
         self.pending = self.background.submit(self._finish, written, partial)
-        self.last_stall_seconds = time.monotonic() - started
         if self.config.checkpoint.no_async_save:
             self.wait()
+        self.last_stall_seconds = time.monotonic() - started
 
     def wait(self) -> None:
-        """Until the last save is on disk on every rank. Raises UserError where it could not be written."""
+        """Until the last save is on disk on every rank. Raises UserError on all of them where it could not be written."""
         if self.pending is None:
             return
-        pending, self.pending = self.pending, None
+        (pending, self.pending), error = (self.pending, None), None
         try:
             pending.result()
-        except Exception as error:
-            raise UserError(f"--save {self.folder}: checkpoint could not be written: {_first_line(error)}") from error
-        dist.barrier(self.group)
+        except Exception as failure:
+            error = failure
+        failed = torch.tensor(int(error is not None))
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=self.group)
+        if failed:
+            if self.engine.groups.rank == 0:
+                remove_leftovers(self.folder)
+            reason = _first_line(error) if error else "another rank says why"
+            raise UserError(f"--save {self.folder}: checkpoint could not be written: {reason}") from error
 
     def _finish(self, written: Future, partial: Path) -> None:
-        written.result()  # on rank 0: every rank has written and synced its part
-        if self.engine.groups.rank == 0:
-            _publish(partial)
+        """In the background, on every rank: sums up what it wrote; rank 0 publishes the whole."""
+        written.result()  # every rank has written and synced its part
+        files = self._summaries(partial)
+        if self.engine.groups.rank != 0:
+            return
+        write_manifest(partial, files)
+        final = _publish(partial)
+        try:
+            delete_older(final, self.config.checkpoint, self.protected)
+        except OSError as error:
+            print(f"--keep-last/--keep-every: an older checkpoint could not be deleted: {error}", flush=True)
+
+    def _summaries(self, partial: Path) -> dict[str, dict]:
+        """The manifest's entries of all ranks' files, on rank 0 (collective)."""
+        rank = self.engine.groups.rank
+        own = partial / f"__{rank}_0.distcp"  # none where other ranks write all that this one holds
+        try:
+            mine = {own.name: summarize(own)} if own.is_file() else {}
+        except OSError as error:
+            mine = error
+        everyones = [None] * dist.get_world_size(self.group) if rank == 0 else None
+        dist.gather_object(mine, everyones, dst=0, group=self.group)
+        for entries in everyones or [mine]:
+            if isinstance(entries, OSError):
+                raise entries
+        return {name: entry for entries in everyones or () for name, entry in entries.items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = self.engine.state_tensors()
@@ -90,38 +129,36 @@ class CheckpointWriter:
         return tensors
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
-    """The folder to start from, or None to start afresh: no --load, or --load equal to an empty --save. Raises UserError."""
-    load, save = config.checkpoint.load, config.checkpoint.save
-    if load is None:
-        return None
-    is_empty = not (Path(load) / LATEST_FILE).exists() and not (Path(load) / ".metadata").exists()
-    if is_empty and save is not None and Path(load).resolve() == Path(save).resolve():
-        return None
-    return resolve_native(load)
-
-
 def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: TrainingStream) -> TrainState:
     """Restores weights, optimizer, schedule, data position and random state; with --finetune weights only. Collective."""
     options = config.checkpoint
-    saved = _read_train_state(folder)
+    saved = read_train_state(folder)
     _check_tokenizer(saved, config, folder)
     if "data" not in saved and not options.finetune:
         raise UserError(f"--load {folder}: holds weights alone, no training run to go on with: add --finetune to start from them")
     with_optimizer = not (options.finetune or options.no_load_optim)
-    tensors = engine.state_tensors(with_optimizer)
-    try:
-        dcp.load(tensors, storage_reader=SafeFileSystemReader(folder), process_group=engine.groups.saving)
-    except dcp.CheckpointException as error:
-        reasons = [_first_line(failure[0]) for failure in error.failures.values()]
-        raise UserError(f"--load {folder}: {reasons[0] if reasons else error}") from error
-    engine.state_loaded(saved["iteration"], with_optimizer)
+    _load_tensors(engine, SafeFileSystemReader(folder), folder, saved["iteration"], with_optimizer)
     if options.finetune:
         return TrainState()
     stream.load_state_dict(saved["data"])
     if not options.no_load_rng:
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(saved["rng"])), dtype=torch.uint8))
     return TrainState(saved["iteration"], saved["consumed_samples"], saved["consumed_tokens"])
+
+
+def load_hf_weights(folder: Path, engine: Engine) -> None:
+    """The weights of a Hugging Face folder, in whatever dtype they are, straight into the engine (collective)."""
+    _load_tensors(engine, WeightReader(open_hf(folder)), folder, 0, with_optimizer=False)
+
+
+def _load_tensors(engine: Engine, reader: dcp.StorageReader, folder: Path, step: int, with_optimizer: bool) -> None:
+    tensors = engine.state_tensors(with_optimizer)
+    try:
+        dcp.load(tensors, storage_reader=reader, process_group=engine.groups.saving)
+    except dcp.CheckpointException as error:
+        reasons = [_first_line(failure[0]) for failure in error.failures.values()]
+        raise UserError(f"{folder}: {reasons[0] if reasons else error}") from error
+    engine.state_loaded(step, with_optimizer)
 
 
 def _train_state(state: TrainState, stream: TrainingStream, config: RunConfig) -> dict:
@@ -145,30 +182,26 @@ def _check_tokenizer(saved: dict, config: RunConfig, folder: Path) -> None:
         raise UserError(f"--tokenizer-model {config.data.tokenizer_model} is another one than {folder} was trained with: it must match")
 
 
-def _read_train_state(folder: Path) -> dict:
-    path = folder / STATE_FILE
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _publish(partial: Path) -> None:
+def _publish(partial: Path) -> Path:
     """Gives a whole save its name, then makes it the latest."""
-    for name in (CONFIG_FILE, STATE_FILE):
+    for name in (CONFIG_FILE, STATE_FILE, MANIFEST_FILE):
         sync(partial / name)
     sync(partial)
     final = partial.with_suffix("")
-    if final.exists():
-        shutil.rmtree(final)
+    replaced = final.with_suffix(REPLACED)
+    if final.exists():  # the step was saved before; its folder is there under one of two names until the new one is
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     partial.rename(final)
     sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     latest = final.parent / LATEST_FILE
     aside = latest.with_suffix(".partial")
     aside.write_text(str(int(final.name.removeprefix("iter_"))))
     sync(aside)
     os.replace(aside, latest)
     sync(latest.parent)
+    return final
 
 
 def _first_line(error: BaseException) -> str:

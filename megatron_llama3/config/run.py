@@ -71,7 +71,15 @@ class TrainingConfig:
 class CheckpointConfig:
     save: str | None = option(None, "Folder to write checkpoints to.")
     load: str | None = option(None, "Folder to resume from; equal to an empty --save, the run starts fresh.")
+    load_hf: str | None = option(None, "Hugging Face folder to take the first weights from; the model flags must say the same model.")
+    auto_resume: bool = option(
+        False, "Go on from the last whole checkpoint in --save; where there is none, start as --load, --load-hf and --finetune say."
+    )
     save_interval: int | None = option(None, "Steps between checkpoints; one is always written at the end.")
+    keep_last: int | None = option(None, "Of the checkpoints in --save keep this many, deleting older ones after each save; default all.")
+    keep_every: int | None = option(
+        None, "Keep also those whose step is a multiple of this; alone, with the last one.", aliases=("--save-retain-interval",)
+    )
     finetune: bool = option(False, "Load weights only, and start at step 0.")
     no_load_optim: bool = option(False, "Do not load optimizer state.")
     no_load_rng: bool = option(False, "Do not load random number state.")

@@ -260,7 +260,7 @@ def _optimizer(config: "RunConfig") -> Iterator[str]:
 
 def missing_inputs(config: "RunConfig") -> Iterator[str]:
     """What a run needs beyond numbers: steps to do, and data files that are there."""
-    data, checkpoint = config.data, config.checkpoint
+    data = config.data
     if config.training.train_iters == 0:
         yield "--train-iters 0: give the number of optimizer steps"
     if data.data_path and (data.train_data_path or data.valid_data_path):
@@ -273,11 +273,23 @@ def missing_inputs(config: "RunConfig") -> Iterator[str]:
         yield from _missing_datasets(flag(name), getattr(data, name))
     if data.tokenizer_model is not None and not os.path.exists(data.tokenizer_model):
         yield f"--tokenizer-model {data.tokenizer_model}: no such file or folder"
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        yield f"--save-interval {checkpoint.save_interval} is given, but no --save folder"
-    if checkpoint.load is not None and checkpoint.load != checkpoint.save and not os.path.isdir(checkpoint.load):
-        yield f"--load {checkpoint.load}: no such folder"
-    if checkpoint.finetune and checkpoint.load is None:
+    yield from _checkpoint(config)
+
+
+def _checkpoint(config: "RunConfig") -> Iterator[str]:
+    c = config.checkpoint
+    if c.save is None:
+        for name in ("save_interval", "keep_last", "keep_every", "auto_resume"):
+            if getattr(c, name):
+                yield f"{flag(name)}{'' if name == 'auto_resume' else f' {getattr(c, name)}'} is given, but no --save folder"
+    if c.load is not None and c.load_hf is not None and not c.auto_resume:
+        yield f"--load {c.load} and --load-hf {c.load_hf}: give one (with --auto-resume, --load-hf serves where --load is empty)"
+    # With --auto-resume what the run once started from may be gone by now.
+    if c.load is not None and c.load != c.save and not c.auto_resume and not os.path.isdir(c.load):
+        yield f"--load {c.load}: no such folder"
+    if c.load_hf is not None and not c.auto_resume and not os.path.isdir(c.load_hf):
+        yield f"--load-hf {c.load_hf}: no such folder"
+    if c.finetune and c.load is None and c.load_hf is None:
         yield "--finetune needs --load"
 
 

@@ -39,13 +39,15 @@ def evaluate(engine: Engine, stream: TrainingStream, config: RunConfig) -> float
     return total / max(1, count)
 
 
-def saving(writer: CheckpointWriter, stream: TrainingStream, config: RunConfig) -> Hook:
+def saving(writer: CheckpointWriter, stream: TrainingStream, config: RunConfig, logger: MetricsLogger | None) -> Hook:
     """Every --save-interval steps and after the last; the run does not end before the last checkpoint is on disk."""
 
     def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
         interval = config.checkpoint.save_interval
         if is_last or (interval and state.iteration % interval == 0):
             writer.save(state, stream)
+            if logger is not None:
+                logger.saved(state, writer.last_stall_seconds)
         if is_last:
             writer.wait()
 

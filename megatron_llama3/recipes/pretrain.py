@@ -8,16 +8,15 @@ Every flag is a field of megatron_llama3/config/; `--help` lists them. A config 
 
 import sys
 
-from megatron_llama3.config.command_line import load_run_config, parse_run_config
+from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.errors import exit_on_user_error
 from megatron_llama3.config.run import RunConfig
 
 
 def pretrain(config: RunConfig) -> None:
     # Imported here, so that refusals and dry runs take no seconds of torch.
-    from megatron_llama3.checkpoint.compatibility import check_compatible
-    from megatron_llama3.checkpoint.native import CONFIG_FILE
-    from megatron_llama3.checkpoint.store import CheckpointWriter, find_checkpoint, load_checkpoint
+    from megatron_llama3.checkpoint.start import find_start, load_start
+    from megatron_llama3.checkpoint.store import CheckpointWriter
     from megatron_llama3.data.loader import build_train_and_valid_streams
     from megatron_llama3.model.attention import choose_kernel
     from megatron_llama3.model.llama import fused_norm
@@ -27,12 +26,7 @@ def pretrain(config: RunConfig) -> None:
     from megatron_llama3.training.build import build_engine
     from megatron_llama3.training.loop import train
     from megatron_llama3.training.metrics import MetricsLogger
-    from megatron_llama3.training.state import TrainState
 
-    # What the run starts from, refused before any group is made if it does not fit.
-    checkpoint = find_checkpoint(config)
-    if checkpoint is not None:
-        check_compatible(load_run_config(checkpoint / CONFIG_FILE), config, str(checkpoint / CONFIG_FILE))
     train_stream, valid_stream = build_train_and_valid_streams(config)
 
     groups = initialize_groups(config.parallel, config.training.distributed_timeout_minutes)
@@ -40,20 +34,19 @@ def pretrain(config: RunConfig) -> None:
     if is_rank_0:
         print(describe(config), flush=True)
 
+    start = find_start(config, groups)  # refused before any weight is made if it does not fit
     engine = build_engine(config, groups)
-    state = TrainState()
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, config, engine, train_stream)
+    state = load_start(start, config, engine, train_stream)
     if is_rank_0:
         kernel = choose_kernel(config.training.attention_kernel, groups.device, engine.compute_dtype)
         print(f"attention kernel: {kernel}; RMSNorm: {fused_norm()[0]}; engine: {config.parallel.engine}")
-        print(f"loaded {checkpoint} at iteration {state.iteration}" if checkpoint else "starting from initial weights", flush=True)
+        print(f"loaded {start.folder} at iteration {state.iteration}" if start else "starting from initial weights", flush=True)
 
     # Hooks run after every step, in this order.
     logger = MetricsLogger(config, state) if is_rank_0 else None
     hooks = [logger] if is_rank_0 else []
     if config.checkpoint.save is not None:
-        hooks.append(saving(CheckpointWriter(config, engine), train_stream, config))
+        hooks.append(saving(CheckpointWriter(config, engine, start and start.folder), train_stream, config, logger))
     if valid_stream is not None:
         hooks.append(evaluation(engine, valid_stream, config, logger))
     reason = train(engine, train_stream, state, config, hooks)

@@ -52,6 +52,11 @@ class MetricsLogger:
         self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens, "validation_loss": loss})
         self.since += seconds
 
+    def saved(self, state: TrainState, stall_seconds: float) -> None:
+        """Notes a checkpoint, and for how long training stood still for it (the rest is written in the background)."""
+        self._say(f"iteration {state.iteration} | saving a checkpoint, training stood still for {stall_seconds:.2f} s")
+        self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens, "save_stall_seconds": stall_seconds})
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()

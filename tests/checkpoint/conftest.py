@@ -1,7 +1,15 @@
 """Small models in Hugging Face's form, made by transformers itself."""
 
+import shutil
+
 import pytest
 import torch
+
+from megatron_llama3.checkpoint.lazy import WeightSource, from_tensor
+from megatron_llama3.checkpoint.manifest import summarize, write_manifest
+from megatron_llama3.checkpoint.native import LATEST_FILE, write_native
+from megatron_llama3.config.model import ModelConfig
+from megatron_llama3.model.sharding import initial_weight, weight_table
 
 LLAMA3_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -41,3 +49,18 @@ def hf_logits():
             return model(tokens).logits
 
     return logits
+
+
+@pytest.fixture
+def save(tmp_path):
+    """A --save folder with iter_0000010, 20 and 30, the last one named as latest, as runs leave it."""
+    model = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=50)
+    weights = {name: from_tensor(initial_weight(name, spec, 0)) for name, spec in weight_table(model).items()}
+    write_native(WeightSource(model, weights), tmp_path)
+    first = tmp_path / "iter_0000000"
+    write_manifest(first, {path.name: summarize(path) for path in first.glob("*.distcp")})
+    for iteration in (10, 20, 30):
+        shutil.copytree(first, tmp_path / f"iter_{iteration:07d}")
+    shutil.rmtree(first)
+    (tmp_path / LATEST_FILE).write_text("30")
+    return tmp_path

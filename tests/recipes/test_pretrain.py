@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_llama3.checkpoint.manifest import damaged_files, read_manifest
 from megatron_llama3.config.command_line import parse_run_config
-from megatron_llama3.config.errors import UserError
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
 from megatron_llama3.planning.local_ranks import RankFailedError, run_ranks
 from megatron_llama3.recipes.pretrain import pretrain
@@ -80,8 +80,8 @@ def test_what_may_differ_from_the_checkpoint(data, tmp_path):
         ("--seq-length 8", "--seq-length is 8 here and 16 in .* add --override-data"),
         ("--finetune --hidden-size 48", "--hidden-size is 48 here and 24 in .* must match"),
     ]:
-        with pytest.raises(UserError, match=message):
-            pretrain(parse_run_config(f"{resume} {change}".split()))
+        with pytest.raises(RankFailedError, match=f"UserError: {message}"):
+            run(f"{resume} {change}")
     run(f"{resume} --lr 2e-3 --override-opt-param-scheduler --seq-length 8 --override-data")
     assert latest(first) == "3"
     second = tmp_path / "second"
@@ -92,8 +92,25 @@ def test_what_may_differ_from_the_checkpoint(data, tmp_path):
 
 def test_load_from_an_empty_folder(data, tmp_path):
     flags = f"{MODEL} --data-path {data} --train-iters 1 --load {tmp_path} --save {tmp_path / 'other'}"
-    with pytest.raises(UserError, match="no native checkpoint"):
-        pretrain(parse_run_config(flags.split()))
+    with pytest.raises(RankFailedError, match=r"UserError: .*no native checkpoint"):
+        run(flags)
+
+
+def test_auto_resume_goes_on_from_the_last_whole_checkpoint(data, tmp_path):
+    """Started by one command line again and again: from another run's weights first, then from its own saves, past a damaged one."""
+    first, whole, broken = tmp_path / "first", tmp_path / "whole", tmp_path / "broken"
+    run(f"{MODEL} --data-path {data} --save {first} --train-iters 1")
+    flags = f"{MODEL} --data-path {data} --load {first} --finetune --auto-resume --save-interval 2 --eval-iters 0 --train-iters"
+    run(f"{flags} 8 --save {whole}")
+    run(f"{flags} 5 --save {broken} {TWO_BY_TWO}", 4)
+    (broken / "iter_0000005" / "__0_0.distcp").write_bytes(b"cut short")
+    (broken / "iter_0000006.partial").mkdir()
+    run(f"{flags} 8 --save {broken} {TWO_BY_TWO}", 4)
+    assert latest(broken) == "8"
+    records = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert all(0 < r["save_stall_seconds"] < r["time"] for r in records if "loss" not in r)
+    assert metrics(broken) == pytest.approx(metrics(whole), rel=1e-6)
 
 
 def test_exit_interval(data, tmp_path):
@@ -133,8 +150,14 @@ def test_sigterm_on_one_rank_saves_and_stops_all(data, tmp_path):
 
 def test_asynchronous_saves_beside_what_ranks_agree_on_every_step(data, tmp_path):
     flags = f"{MODEL} --data-path {data} --train-iters 8 --save-interval 1 --exit-signal-handler --exit-duration-in-mins 60 --eval-iters 0"
-    run(f"{flags} --save {tmp_path}", 4)
+    run(f"{flags} --save {tmp_path} --keep-last 2 --keep-every 3", 4)
     assert latest(tmp_path) == "8"
+    left = sorted(tmp_path.glob("iter_*"))
+    assert [path.name for path in left] == ["iter_0000003", "iter_0000006", "iter_0000007", "iter_0000008"]
+    assert not [line for folder in left for line in damaged_files(folder)]
+    files = {path.name for path in left[-1].iterdir()}
+    assert read_manifest(left[-1]).keys() == files - {"manifest.json"}
+    assert files >= {f"__{rank}_0.distcp" for rank in range(4)}
 
 
 def test_another_tokenizer_is_refused(data, tmp_path):

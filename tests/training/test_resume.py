@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from megatron_llama3.checkpoint.store import CheckpointWriter, find_checkpoint, load_checkpoint
+from megatron_llama3.checkpoint.start import find_start, load_start
+from megatron_llama3.checkpoint.store import CheckpointWriter
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.config.parallel import ParallelConfig
 from megatron_llama3.config.run import RunConfig
@@ -17,7 +18,6 @@ from megatron_llama3.data.loader import build_train_and_valid_streams
 from megatron_llama3.parallel.groups import initialize_groups
 from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.training.build import build_engine
-from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import train_step
 
 VOCABULARY = 103
@@ -68,9 +68,9 @@ def run(config: RunConfig, until: int, save: bool = False) -> tuple[list[float],
     """Losses from where the run starts, and every state tensor at its end, on each rank."""
     groups = initialize_groups(config.parallel)
     stream, _ = build_train_and_valid_streams(config)
+    start = find_start(config, groups)
     engine = build_engine(config, groups)
-    checkpoint = find_checkpoint(config)
-    state = TrainState() if checkpoint is None else load_checkpoint(checkpoint, config, engine, stream)
+    state = load_start(start, config, engine, stream)
     losses = []
     while state.iteration < until:
         losses.append(train_step(engine, stream, state, config).loss)

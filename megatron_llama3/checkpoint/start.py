@@ -1,0 +1,134 @@
+"""What a run starts from: its own last whole checkpoint (--auto-resume), another one (--load), a Hugging Face folder (--load-hf), or
+nothing."""
+
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_llama3.checkpoint.compatibility import check_compatible
+from megatron_llama3.checkpoint.huggingface import open_hf
+from megatron_llama3.checkpoint.manifest import damage
+from megatron_llama3.checkpoint.native import CONFIG_FILE, LATEST_FILE, resolve_native
+from megatron_llama3.checkpoint.store import load_checkpoint, load_hf_weights
+from megatron_llama3.config.command_line import load_run_config
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.run import CheckpointConfig, RunConfig
+from megatron_llama3.data.loader import TrainingStream
+from megatron_llama3.parallel.groups import ParallelGroups
+from megatron_llama3.training.engine import Engine
+from megatron_llama3.training.state import TrainState
+
+# What a Hugging Face folder says and training may say otherwise: no number of the trained model depends on it.
+_FREE_MODEL_FIELDS = ("init_method_std", "max_position_embeddings", "kv_channels")  # head_dim is compared instead
+
+
+@dataclass(frozen=True)
+class Start:
+    """A folder and how to take it. `options` are the run's, without --finetune and the like where it goes on from its own checkpoint."""
+
+    folder: Path
+    options: CheckpointConfig
+    is_hf: bool = False
+
+
+def find_start(config: RunConfig, groups: ParallelGroups) -> Start | None:
+    """Rank 0 looks and every rank gets its choice (collective), so that all start from the same place and thousands of ranks do not each
+    look at every file. Raises UserError on all ranks: nothing there, damaged, or made by a run that does not fit this one."""
+    found: list = [None, None]
+    if groups.rank == 0:
+        try:
+            found[0] = _choose(config)
+        except UserError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0, group=groups.saving)
+    if found[1] is not None:
+        raise UserError(found[1])
+    return found[0]
+
+
+def load_start(start: Start | None, config: RunConfig, engine: Engine, stream: TrainingStream) -> TrainState:
+    """Restores what `find_start` found (collective)."""
+    if start is None:
+        return TrainState()
+    if start.is_hf:
+        load_hf_weights(start.folder, engine)
+        return TrainState()
+    return load_checkpoint(start.folder, replace(config, checkpoint=start.options), engine, stream)
+
+
+def own_start(config: RunConfig) -> Start | None:
+    """The last whole checkpoint of this run's --save, taken with all that is in it; None where nothing was saved yet.
+
+    Each damaged one that is passed over is a printed line. Raises UserError if none of several is whole.
+    """
+    candidates = _saved(Path(config.checkpoint.save))
+    for folder in candidates:
+        reason = damage(folder)
+        if reason is None:
+            return Start(folder, replace(config.checkpoint, finetune=False, no_load_optim=False, no_load_rng=False))
+        print(f"{folder.name} is passed over: {reason}", flush=True)
+    if candidates:
+        raise UserError(f"--save {config.checkpoint.save}: no checkpoint in it is whole; repair one, or empty the folder to start afresh")
+    return None
+
+
+def _choose(config: RunConfig) -> Start | None:
+    options = config.checkpoint
+    start = own_start(config) if options.auto_resume else None
+    if start is None and options.load is not None:
+        start = _other_start(options)
+    if start is not None:
+        path = start.folder / CONFIG_FILE
+        check_compatible(load_run_config(str(path)), replace(config, checkpoint=start.options), str(path))
+    elif options.load_hf is not None:
+        start = Start(Path(options.load_hf), options, is_hf=True)
+        _check_model(open_hf(start.folder), config, start.folder)
+    return start
+
+
+def _other_start(options: CheckpointConfig) -> Start | None:
+    """What --load names; None where it is the empty --save."""
+    load = Path(options.load)
+    is_empty = not (load / LATEST_FILE).exists() and not (load / ".metadata").exists()
+    if is_empty and options.save is not None and load.resolve() == Path(options.save).resolve():
+        return None
+    folder = resolve_native(load)
+    reason = damage(folder)
+    if reason is not None:
+        raise UserError(f"--load {options.load}: {reason}")
+    return Start(folder, options)
+
+
+def _saved(save: Path) -> list[Path]:
+    """Checkpoint folders in the order in which they are tried: the one named as latest, then the others, newest first.
+
+    A save of a step that had been saved before moves the old folder to NAME.replaced for a moment.
+    """
+    names = [path.name for path in save.iterdir()] if save.is_dir() else []
+    found = sorted((name for name in names if re.fullmatch(r"iter_\d{7,}(\.replaced)?", name)), key=_age)
+    text = (save / LATEST_FILE).read_text(errors="replace").strip() if LATEST_FILE in names else ""
+    named = f"iter_{int(text):07d}" if text.isdecimal() else None
+    ordered = [name for name in (named,) if name] + [name for name in found if name != named]
+    return [save / name for name in ordered]
+
+
+def _age(name: str) -> tuple[int, bool]:
+    """Newest first, the folder itself before the one it replaced."""
+    return -int(name.removeprefix("iter_").removesuffix(".replaced")), name.endswith(".replaced")
+
+
+def _check_model(source, config: RunConfig, folder: Path) -> None:
+    """Raises UserError with a line for each model flag that says something else than `config.json`."""
+    names = [f.name for f in fields(config.model) if f.name not in _FREE_MODEL_FIELDS]
+    if not (config.model.use_rope_scaling or source.model.use_rope_scaling):
+        names = [name for name in names if not name.startswith("rope_scaling_")]
+    found = []
+    for name in [*names, "head_dim"]:
+        ours, theirs = getattr(config.model, name), getattr(source.model, name)
+        if ours != theirs:
+            flag = "--kv-channels" if name == "head_dim" else "--" + name.replace("_", "-")
+            found.append(f"{flag} is {ours} here and {theirs} in {folder / 'config.json'}: it must match")
+    if found:
+        raise UserError("\n".join(found))
