@@ -1,15 +1,16 @@
 """Shows what a native checkpoint holds, checks it, and compares two.
 
     python tools/inspect_checkpoint.py runs/8b                      # iteration, config, every tensor with shape, dtype and bytes
-    python tools/inspect_checkpoint.py runs/8b --verify             # reads every byte: missing parts, truncation, non-finite values
-    python tools/inspect_checkpoint.py runs/8b --diff runs/8b-other # config fields and tensors that differ
+    python tools/inspect_checkpoint.py runs/8b --verify             # reads every byte: missing files, truncation, flipped bits, NaN
+    python tools/inspect_checkpoint.py runs/8b --diff runs/8b-other # config fields and tensors that differ, and by how much
 
 Exit status 1 if --verify finds damage or --diff a difference.
 """
 
 import argparse
-import json
+import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_llama3.config.errors import exit_on_user_error
@@ -25,6 +26,8 @@ def main() -> None:
     from megatron_llama3.checkpoint.native import open_native_tensors, resolve_native
 
     folder = resolve_native(arguments.checkpoint)
+    if arguments.verify and print_damage(folder):
+        sys.exit(1)
     tensors = open_native_tensors(folder)
     if arguments.diff is not None:
         sys.exit(print_differences(folder, tensors, resolve_native(arguments.diff)))
@@ -33,8 +36,22 @@ def main() -> None:
         sys.exit(verify(tensors))
 
 
+def print_damage(folder: Path) -> bool:
+    """Holds every file to the manifest; whether anything is wrong."""
+    from megatron_llama3.checkpoint.manifest import damage, damaged_files, read_manifest
+
+    found = list(damaged_files(folder)) or [reason for reason in [damage(folder)] if reason]
+    for line in found:
+        print(line)
+    if not found and read_manifest(folder) is None:
+        print("no manifest.json: without its checksums only sizes and values are checked")
+    return bool(found)
+
+
 def print_tree(folder: Path, tensors: dict) -> None:
-    state = json.loads((folder / "train_state.json").read_text())
+    from megatron_llama3.checkpoint.native import read_train_state
+
+    state = read_train_state(folder)
     print(f"{folder}: iteration {state['iteration']:,}, {state['consumed_samples']:,} sequences, {state['consumed_tokens']:,} tokens")
     print((folder / "run_config.yaml").read_text())
     for name, tensor in sorted(tensors.items()):
@@ -44,7 +61,7 @@ def print_tree(folder: Path, tensors: dict) -> None:
 
 
 def verify(tensors: dict) -> bool:
-    """Reads every block; whether anything is wrong. A part that is missing or cut is an error of the reader itself."""
+    """Reads every value; whether any is not finite."""
     bad = [name for name, tensor in tensors.items() if not all(block.isfinite().all() for block in tensor.blocks())]
     for name in bad:
         print(f"{name}: holds values that are not finite")
@@ -57,8 +74,7 @@ def print_differences(folder: Path, tensors: dict, other_folder: Path) -> bool:
     from megatron_llama3.checkpoint.native import open_native_tensors
 
     others, found = open_native_tensors(other_folder), []
-    ours, theirs = ((path / "run_config.yaml").read_text().splitlines() for path in (folder, other_folder))
-    found += [f"config: {a.strip()} | {b.strip()}" for a, b in zip(ours, theirs, strict=False) if a != b]
+    found += config_differences(folder, other_folder)
     for name in sorted(tensors.keys() | others.keys()):
         if name not in others or name not in tensors:
             found.append(f"{name}: only in {folder if name in tensors else other_folder}")
@@ -68,16 +84,30 @@ def print_differences(folder: Path, tensors: dict, other_folder: Path) -> bool:
     return bool(found)
 
 
+def config_differences(folder: Path, other_folder: Path) -> list[str]:
+    from megatron_llama3.config.command_line import load_run_config
+
+    ours, theirs = (asdict(load_run_config(str(path / "run_config.yaml"))) for path in (folder, other_folder))
+    groups = [group for group in ours if isinstance(ours[group], dict)]
+    pairs = [(f"{group}.{name}", ours[group][name], theirs[group][name]) for group in groups for name in ours[group]]
+    return [f"{name}: {a} | {b}" for name, a, b in pairs if a != b]
+
+
 def _difference(a, b) -> list[str]:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return [f"{a.dtype} {list(a.shape)} | {b.dtype} {list(b.shape)}"]
-    count, largest = 0, 0.0
+    count, largest, apart, size = 0, 0.0, 0.0, 0.0
     for x, y in zip(a.blocks(), b.blocks(), strict=True):
-        unequal = x.view(-1) != y.view(-1)
+        x, y = x.double(), y.double()
+        unequal = (x != y) & ~(x.isnan() & y.isnan())
         if unequal.any():
             count += int(unequal.sum())
-            largest = max(largest, (x.double() - y.double()).abs().max().item())
-    return [f"{count:,} of {a.nbytes // a.dtype.itemsize:,} values differ, by up to {largest:.3g}"] if count else []
+            largest = max(largest, (x - y)[unequal].abs().max().item())
+            apart += (x - y)[unequal].square().sum().item()
+        size += x.square().sum().item()
+    total = a.nbytes // a.dtype.itemsize
+    relative = (apart / size) ** 0.5 if size else math.inf
+    return [f"{count:,} of {total:,} values differ, by up to {largest:.3g} ({relative:.3g} of the tensor's norm)"] if count else []
 
 
 if __name__ == "__main__":
