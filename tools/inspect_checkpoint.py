@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with another checkpoint")
     arguments = parser.parse_args()
 
-    from megatron_llama3.checkpoint.native import open_native_tensors, resolve_native
+    from megatron_llama3.checkpoint.folder import resolve_native
+    from megatron_llama3.checkpoint.native import open_native_tensors
 
     folder = resolve_native(arguments.checkpoint)
     if arguments.verify and print_damage(folder):
@@ -49,7 +50,7 @@ def print_damage(folder: Path) -> bool:
 
 
 def print_tree(folder: Path, tensors: dict) -> None:
-    from megatron_llama3.checkpoint.native import read_train_state
+    from megatron_llama3.checkpoint.folder import read_train_state
 
     state = read_train_state(folder)
     print(f"{folder}: iteration {state['iteration']:,}, {state['consumed_samples']:,} sequences, {state['consumed_tokens']:,} tokens")

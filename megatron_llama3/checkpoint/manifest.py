@@ -6,11 +6,12 @@ A start looks at names, sizes and the small files (`damage`); `tools/inspect_che
 """
 
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_llama3.checkpoint.native import CONFIG_FILE, STATE_FILE, read_train_state
+from zlib_ng.zlib_ng import crc32
+
+from megatron_llama3.checkpoint.folder import CONFIG_FILE, STATE_FILE, read_train_state
 from megatron_llama3.checkpoint.native_metadata import METADATA_FILE, stored_tensors
 from megatron_llama3.config.command_line import load_run_config
 from megatron_llama3.config.errors import UserError
@@ -20,13 +21,17 @@ SMALL_FILES = (METADATA_FILE, CONFIG_FILE, STATE_FILE)
 BLOCK_BYTES = 8 << 20
 
 
+def entry(size: int, crc: int) -> dict:
+    return {"bytes": size, "crc32": f"{crc:08x}"}
+
+
 def summarize(path: Path) -> dict:
     """A file's entry: {"bytes": its size, "crc32": eight hexadecimal digits}."""
     size, crc = 0, 0
     with open(path, "rb", buffering=0) as file:
         while block := file.read(BLOCK_BYTES):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return {"bytes": size, "crc32": f"{crc:08x}"}
+            size, crc = size + len(block), crc32(block, crc)
+    return entry(size, crc)
 
 
 def write_manifest(folder: Path, files: dict[str, dict]) -> None:
@@ -36,7 +41,7 @@ def write_manifest(folder: Path, files: dict[str, dict]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict] | None:
-    """File name -> {"bytes", "crc32"}; None where there is no manifest (converted weights). Raises UserError for one that is damaged."""
+    """File name -> {"bytes", "crc32"}; None where an older version wrote none. Raises UserError for one that is damaged."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         return None

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from megatron_llama3.checkpoint.file_writer import FileWriter
 from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource, cast, concatenate, equal, map_file, narrow
 from megatron_llama3.checkpoint.meta_params import config_from_meta, config_to_meta
 from megatron_llama3.checkpoint.names import check_weights
 from megatron_llama3.checkpoint.publish import write_in_parallel
 from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets, write_tokenizer
-from megatron_llama3.checkpoint.torch_archive import read_archive, write_archive
+from megatron_llama3.checkpoint.torch_archive import read_archive
+from megatron_llama3.checkpoint.torch_archive_writer import write_archive
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.sharding import WeightSpec, weight_table
@@ -81,7 +83,7 @@ def check_shards(model: ModelConfig, num_shards: int) -> None:
 
 
 def _write_shard(path: Path, tensors: dict[str, LazyTensor]) -> None:
-    with open(path, "wb") as file:
+    with FileWriter(path) as file:
         write_archive(file, tensors)
 
 

@@ -11,51 +11,24 @@ from pathlib import Path
 
 import torch
 
+from megatron_llama3.checkpoint.file_writer import FileWriter
+from megatron_llama3.checkpoint.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, resolve_native
 from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource, cast, map_file
+from megatron_llama3.checkpoint.manifest import entry, write_manifest
 from megatron_llama3.checkpoint.names import check_weights
 from megatron_llama3.checkpoint.native_metadata import StoredChunk, StoredTensor, stored_tensors, write_metadata
 from megatron_llama3.checkpoint.publish import write_in_parallel
 from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets, write_tokenizer
-from megatron_llama3.checkpoint.torch_archive import read_archive, write_archive
+from megatron_llama3.checkpoint.torch_archive import read_archive
+from megatron_llama3.checkpoint.torch_archive_writer import write_archive
 from megatron_llama3.config.command_line import load_run_config, resolved_yaml
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.model.sharding import weight_table
 
-LATEST_FILE = "latest_checkpointed_iteration.txt"
-CONFIG_FILE = "run_config.yaml"
-STATE_FILE = "train_state.json"
 TOKENIZER_FOLDER = "tokenizer"  # tokenizer files and generation_config.json that came with converted weights
 MODEL_PREFIX = "model."
 FILE_BYTES = 5_000_000_000
-
-
-def resolve_native(path: str | Path) -> Path:
-    """The folder of one iteration: `path` itself, or the one that `latest_checkpointed_iteration.txt` names. Raises UserError."""
-    path = Path(path)
-    latest = path / LATEST_FILE
-    if not latest.is_file():
-        if not (path / ".metadata").is_file():
-            raise UserError(f"{path}: no native checkpoint (neither {LATEST_FILE} nor .metadata is there)")
-        return path
-    text = latest.read_text(errors="replace").strip()
-    if not text.isdecimal():
-        raise UserError(f"{latest}: {text[:40]!r} is not an iteration number")
-    folder = path / f"iter_{int(text):07d}"
-    if not folder.is_dir():
-        raise UserError(f"{latest}: names iteration {text}, but {folder} is missing")
-    return folder
-
-
-def read_train_state(folder: Path) -> dict:
-    """Iteration, counts, and of a training run data position and random state. Raises UserError if the file is missing or damaged."""
-    path = folder / STATE_FILE
-    try:
-        state = json.loads(path.read_bytes())
-        int(state["iteration"])
-        return state
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def open_native(path: str | Path) -> WeightSource:
@@ -109,23 +82,27 @@ def write_native(source: WeightSource, save: Path, dtype: torch.dtype | None = N
     folder.mkdir()
     files = _files({MODEL_PREFIX + name: cast(tensor, dtype) for name, tensor in source.weights.items()})
     chunks: dict[str, tuple] = {}
-    write_in_parallel([partial(_write_file, folder, f"__{i}_0.distcp", tensors, chunks) for i, tensors in enumerate(files)], workers)
+    summaries: dict[str, dict] = {}
+    tasks = [partial(_write_file, folder, f"__{i}_0.distcp", tensors, chunks, summaries) for i, tensors in enumerate(files)]
+    write_in_parallel(tasks, workers)
     write_metadata(folder, {key: chunks[key] for tensors in files for key in tensors})
     (folder / CONFIG_FILE).write_text(resolved_yaml(RunConfig(model=source.model)))
     (folder / STATE_FILE).write_text(json.dumps({"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0}) + "\n")
+    write_manifest(folder, summaries)
     kept = folder / TOKENIZER_FOLDER
     kept.mkdir()
     (kept / "generation_config.json").write_text(json.dumps(write_tokenizer(source, kept, "any"), indent=2) + "\n")
     (save / LATEST_FILE).write_text("0")
 
 
-def _write_file(folder: Path, name: str, tensors: dict[str, LazyTensor], chunks: dict[str, tuple]) -> None:
-    """One .distcp file: for each tensor what torch.save writes, back to back. Adds each one's place to `chunks`."""
-    with open(folder / name, "wb") as file:
+def _write_file(folder: Path, name: str, tensors: dict[str, LazyTensor], chunks: dict[str, tuple], summaries: dict[str, dict]) -> None:
+    """One .distcp file: for each tensor what torch.save writes, back to back. Notes each one's place, and the file's manifest entry."""
+    with FileWriter(folder / name) as file:
         for key, tensor in tensors.items():
-            offset = file.tell()
+            offset = file.position
             write_archive(file, tensor)
-            chunks[key] = (tensor.dtype, tensor.shape, name, offset, file.tell() - offset)
+            chunks[key] = (tensor.dtype, tensor.shape, name, offset, file.position - offset)
+        summaries[name] = entry(file.position, file.crc)
 
 
 def _files(tensors: dict[str, LazyTensor]) -> list[dict[str, LazyTensor]]:

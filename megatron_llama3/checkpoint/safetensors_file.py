@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_llama3.checkpoint.file_writer import FileWriter
 from megatron_llama3.checkpoint.lazy import LazyTensor, from_mapping, map_file, tensor_bytes
 from megatron_llama3.config.errors import UserError
 
@@ -52,11 +53,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    with FileWriter(path) as file:
+        file.write([struct.pack("<Q", len(text)), text])
         for tensor in tensors.values():
-            for block in tensor.blocks():
-                file.write(tensor_bytes(block))
+            file.write(map(tensor_bytes, tensor.blocks()))
 
 
 def _header(path: Path, mapping) -> tuple[dict, int]:

@@ -22,9 +22,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from megatron_llama3.checkpoint.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, read_train_state
 from megatron_llama3.checkpoint.huggingface import open_hf
 from megatron_llama3.checkpoint.manifest import MANIFEST_FILE, summarize, write_manifest
-from megatron_llama3.checkpoint.native import CONFIG_FILE, LATEST_FILE, STATE_FILE, read_train_state
 from megatron_llama3.checkpoint.native_metadata import SafeFileSystemReader
 from megatron_llama3.checkpoint.publish import sync
 from megatron_llama3.checkpoint.retention import PARTIAL, REPLACED, delete_older, remove_leftovers

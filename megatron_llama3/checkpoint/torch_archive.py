@@ -1,4 +1,4 @@
-"""torch.save's container read and written tensor by tensor: a zip of stored (uncompressed) members, `data.pkl` beside one member a storage.
+"""torch.save's container read tensor by tensor: a zip of stored (uncompressed) members, `data.pkl` beside one member a storage.
 
 Reading runs no code from the file: `data.pkl` goes through an unpickler that admits only the functions that rebuild a tensor.
 """
@@ -14,11 +14,10 @@ from typing import BinaryIO
 
 import torch
 
-from megatron_llama3.checkpoint.lazy import LazyTensor, from_mapping, tensor_bytes
+from megatron_llama3.checkpoint.lazy import from_mapping
 from megatron_llama3.config.errors import UserError
 
-_ALIGNMENT = 64
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -28,7 +27,6 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -80,73 +78,18 @@ def read_archive(mapping: mmap.mmap, where: object, start: int = 0, length: int 
     def rebuild(source, offset, shape, stride, *_):
         dtype, position, elements = source
         inside = offset >= 0 and min(shape, default=0) >= 0 and offset + prod(shape) <= elements
-        if not inside or (prod(shape) and tuple(stride) != _contiguous(shape)):
+        if not inside or (prod(shape) and tuple(stride) != contiguous_stride(shape)):
             raise ValueError(f"a tensor of shape {tuple(shape)}, stride {tuple(stride)} is not contiguous or leaves its storage")
         return from_mapping(mapping, position + offset * dtype.itemsize, tuple(shape), dtype)
 
-    allowed = {("torch", name): dtype for name, dtype in _STORAGES.items()}
+    allowed = {("torch", name): dtype for name, dtype in STORAGES.items()}
     allowed[("torch._utils", "_rebuild_tensor_v2")] = rebuild
     allowed[("torch._utils", "_rebuild_parameter")] = lambda tensor, *_: tensor
     allowed[("collections", "OrderedDict")] = collections.OrderedDict
     return unpickle(pickled, allowed, where, storage)
 
 
-def write_archive(file: BinaryIO, tensors: Mapping[str, LazyTensor] | LazyTensor) -> None:
-    """Writes what `torch.save` of the dict (or of the one tensor) would hold at the file's position, one block of rows at a time."""
-    entries = [tensors] if isinstance(tensors, LazyTensor) else list(tensors.values())
-    with zipfile.ZipFile(_Offset(file), "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _write_member(archive, "data.pkl", [_pickle(tensors)])
-        _write_member(archive, "byteorder", [b"little"])
-        for key, tensor in enumerate(entries):
-            _write_member(archive, f"data/{key}", map(tensor_bytes, tensor.blocks()))
-        _write_member(archive, "version", [b"3\n"])
-
-
-def _write_member(archive: zipfile.ZipFile, name: str, pieces) -> None:
-    info = zipfile.ZipInfo(f"archive/{name}")  # the date is zipfile's 1980: equal weights make equal files
-    header = archive.fp.tell() + 30 + len(info.filename) + 20  # fixed part, name, zip64 sizes
-    padding = -(header + 4) % _ALIGNMENT  # torch maps storages in place, so they start aligned
-    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-    with archive.open(info, "w", force_zip64=True) as member:
-        for piece in pieces:
-            member.write(piece)
-
-
-def _pickle(tensors: Mapping[str, LazyTensor] | LazyTensor) -> bytes:
-    """data.pkl: tensors as torch pickles them, each a storage of its own that is named by number."""
-    buffer = io.BytesIO()
-    pickler = _TensorPickler(buffer)
-    pickler.dump(tensors if isinstance(tensors, LazyTensor) else dict(tensors))
-    return buffer.getvalue()
-
-
-class _StorageToken:
-    def __init__(self, key: int, tensor: LazyTensor):
-        self.key, self.tensor = key, tensor
-
-
-class _TensorPickler(pickle.Pickler):
-    """Protocol 2, as torch.save: a LazyTensor becomes the call that rebuilds a tensor, its storage a persistent id."""
-
-    def __init__(self, file: BinaryIO):
-        super().__init__(file, protocol=2)
-        self._count = 0
-
-    def persistent_id(self, obj):
-        if not isinstance(obj, _StorageToken):
-            return None
-        storage = getattr(torch, _STORAGE_NAMES[obj.tensor.dtype])
-        return ("storage", storage, str(obj.key), "cpu", prod(obj.tensor.shape))
-
-    def reducer_override(self, obj):
-        if not isinstance(obj, LazyTensor):
-            return NotImplemented
-        token = _StorageToken(self._count, obj)
-        self._count += 1
-        return torch._utils._rebuild_tensor_v2, (token, 0, obj.shape, _contiguous(obj.shape), False, collections.OrderedDict())
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
@@ -197,25 +140,3 @@ class _Region(io.RawIOBase):
         buffer[:count] = self._mapping[begin : begin + count]
         self._position += count
         return count
-
-
-class _Offset(io.RawIOBase):
-    """A file from its current position on as a file of its own, so that the zip's offsets count from there."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._start = file, file.tell()
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def write(self, data) -> int:
-        return self._file.write(data)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset + (self._start if whence == io.SEEK_SET else 0), whence) - self._start
-
-    def tell(self) -> int:
-        return self._file.tell() - self._start

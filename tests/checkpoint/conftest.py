@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
+from megatron_llama3.checkpoint.folder import LATEST_FILE
 from megatron_llama3.checkpoint.lazy import WeightSource, from_tensor
-from megatron_llama3.checkpoint.manifest import summarize, write_manifest
-from megatron_llama3.checkpoint.native import LATEST_FILE, write_native
+from megatron_llama3.checkpoint.native import write_native
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.sharding import initial_weight, weight_table
 
@@ -58,7 +58,6 @@ def save(tmp_path):
     weights = {name: from_tensor(initial_weight(name, spec, 0)) for name, spec in weight_table(model).items()}
     write_native(WeightSource(model, weights), tmp_path)
     first = tmp_path / "iter_0000000"
-    write_manifest(first, {path.name: summarize(path) for path in first.glob("*.distcp")})
     for iteration in (10, 20, 30):
         shutil.copytree(first, tmp_path / f"iter_{iteration:07d}")
     shutil.rmtree(first)

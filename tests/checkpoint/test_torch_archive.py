@@ -8,8 +8,10 @@ import zipfile
 import pytest
 import torch
 
+from megatron_llama3.checkpoint.file_writer import FileWriter
 from megatron_llama3.checkpoint.lazy import LazyTensor, from_tensor, map_file
-from megatron_llama3.checkpoint.torch_archive import read_archive, write_archive
+from megatron_llama3.checkpoint.torch_archive import read_archive
+from megatron_llama3.checkpoint.torch_archive_writer import write_archive
 from megatron_llama3.config.errors import UserError
 
 TENSORS = {"a": torch.randn(3, 5), "b.weight": torch.randn(7).bfloat16(), "c": torch.randn(2, 2).double(), "empty": torch.zeros(0, 4)}
@@ -17,7 +19,7 @@ TENSORS = {"a": torch.randn(3, 5), "b.weight": torch.randn(7).bfloat16(), "c": t
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_torch_loads_what_was_written(tmp_path, mapped):
-    with open(tmp_path / "x.pth", "wb") as file:
+    with FileWriter(tmp_path / "x.pth") as file:
         write_archive(file, {name: from_tensor(tensor) for name, tensor in TENSORS.items()})
     read = torch.load(tmp_path / "x.pth", weights_only=True, mmap=mapped)
     assert read.keys() == TENSORS.keys()
@@ -30,10 +32,10 @@ def test_torch_loads_what_was_written(tmp_path, mapped):
 
 
 def test_archives_back_to_back_in_one_file(tmp_path):
-    with open(tmp_path / "x", "wb") as file:
-        file.write(b"x" * 13)
+    with FileWriter(tmp_path / "x") as file:
+        file.write([b"x" * 13])
         write_archive(file, from_tensor(TENSORS["a"]))
-        middle = file.tell()
+        middle = file.position
         write_archive(file, from_tensor(TENSORS["b.weight"]))
     data = (tmp_path / "x").read_bytes()
     assert torch.equal(torch.load(io.BytesIO(data[13:middle]), weights_only=True), TENSORS["a"])
@@ -68,7 +70,7 @@ def test_legacy_and_truncated_files(tmp_path):
 def test_storage_outside_its_member_is_refused(tmp_path):
     """A pickle that claims more elements than the member holds would read the bytes behind it."""
     long = LazyTensor((3, 5), torch.float32, lambda start, stop: torch.zeros(1, 5))  # writes fewer bytes than it announces
-    with open(tmp_path / "x.pth", "wb") as file:
+    with FileWriter(tmp_path / "x.pth") as file:
         write_archive(file, {"a": long})
     with pytest.raises(UserError, match="shorter than the 15 elements"):
         read_archive(map_file(tmp_path / "x.pth"), "x.pth")
@@ -86,7 +88,7 @@ def test_more_than_four_gigabytes(tmp_path):
     """Sizes and offsets beyond 32 bits: torch and this reader find a tensor behind a 4.4 GB one, and the end of that one."""
     block = torch.arange(1 << 20, dtype=torch.int16).view(torch.bfloat16)
     big = LazyTensor((2200, 1 << 20), torch.bfloat16, lambda start, stop: block.expand(stop - start, -1))
-    with open(tmp_path / "x.pth", "wb") as file:
+    with FileWriter(tmp_path / "x.pth") as file:
         write_archive(file, {"big": big, "small": from_tensor(TENSORS["a"])})
     read = torch.load(tmp_path / "x.pth", weights_only=True, mmap=True)
     ours = read_archive(map_file(tmp_path / "x.pth"), "x.pth")
