@@ -256,10 +256,10 @@ def head(device: str, documents: list[int]):
     hidden = torch.randn(length, batch, s["hidden_size"], **options, requires_grad=True)
     weight = torch.randn(s["vocab_size"], s["hidden_size"], **options, requires_grad=True)
     targets = torch.randint(0, s["vocab_size"], (length, batch), device=device)
-    tp = TensorParallel(groups.tp)
+    tp, counted = TensorParallel(groups.tp), torch.ones(length, batch, device=device)
 
     def step() -> None:
-        token_log_probs(hidden, weight, targets, 0, tp, 1024).mean().backward()
+        token_log_probs(hidden, weight, targets, 0, tp, 1024, counted).mean().backward()
 
     return step, resident_mib()
 

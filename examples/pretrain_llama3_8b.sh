@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrain Llama 3 8B on 15T tokens (paper, sections 3.2 and 3.4). From 8 to 2,048 GPUs of 80 GB: DP follows from how many there are.
+# Pretrain Llama 3 8B on 15T tokens (paper, sections 3.2 and 3.4). From 8 to 16,384 GPUs of 80 GB: DP follows from how many there are.
 #
 #   bash examples/pretrain_llama3_8b.sh --dry-run --world-size 1024     check the layout, see bytes a rank; needs no GPU
 #   bash examples/pretrain_llama3_8b.sh                                 one node of 8 GPUs (scripts/launch.sh says how to use several)
@@ -16,10 +16,16 @@ MODEL=(
     --model-name llama3-8b # every size of Table 3; add --use-rope-scaling --max-position-embeddings 131072 for 3.1
 )
 
+# The ramp begins with 1,024 sequences a step: above 2,048 GPUs more than two must share one.
+TENSOR_PARALLEL=2 PIPELINE_PARALLEL=1
+[[ " $* " =~ " --world-size "([0-9]+)" " ]] && WORLD_SIZE=${BASH_REMATCH[1]}
+((${WORLD_SIZE:-8} <= 2048)) || TENSOR_PARALLEL=8 PIPELINE_PARALLEL=2
+
 PARALLEL=(
-    # Two GPUs share every matrix, and with sequence parallelism the activations between blocks.
-    --tensor-model-parallel-size 2
+    # These GPUs share every matrix, and with sequence parallelism the activations between blocks.
+    --tensor-model-parallel-size "$TENSOR_PARALLEL"
     --sequence-parallel
+    --pipeline-model-parallel-size "$PIPELINE_PARALLEL"
     # All other GPUs are data parallel: FSDP2 shards gradients and optimizer state over them.
     --engine fsdp
     --compile-blocks

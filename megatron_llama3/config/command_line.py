@@ -92,12 +92,14 @@ def parse_run_config(argv: list[str], config_class: type[Config] = RunConfig) ->
 
 def _take_world_size(values: dict, given: dict[str, Any], dry_run: bool) -> None:
     """The launcher's WORLD_SIZE is the fact; only a dry run may imagine another."""
-    environment = os.environ.get("WORLD_SIZE")
-    flag = given.get("parallel.world_size")
-    if flag is not None and not dry_run and flag != int(environment or 1):
-        raise UserError(f"--world-size {flag}, but {environment or 1} rank(s) were started: leave it out, or add --dry-run")
-    if flag is None and environment is not None:
-        values["parallel", "world_size"] = int(environment)
+    environment = os.environ.get("WORLD_SIZE", "")
+    if environment and not environment.isdecimal():
+        raise UserError(f"WORLD_SIZE={environment} in the environment: the launcher sets it to the number of ranks; unset it")
+    started, flag = int(environment or 1), given.get("parallel.world_size")
+    if flag is not None and not dry_run and flag != started:
+        raise UserError(f"--world-size {flag}, but {started} rank(s) were started: leave it out, or add --dry-run")
+    if flag is None and environment:
+        values["parallel", "world_size"] = started
     elif flag is None and not dry_run:
         values.pop(("parallel", "world_size"), None)
 
@@ -110,7 +112,7 @@ def _build(config_class: type[Config], model_name: str | None, values: dict[tupl
 
 
 def _preset_fields(model_name: str) -> dict[str, Any]:
-    if model_name not in PRESETS:
+    if str(model_name) not in PRESETS:
         raise UserError(f"model_name {model_name}: no such model; there are {', '.join(PRESETS)}")
     return PRESETS[model_name]
 

@@ -1,5 +1,6 @@
 """The one exception that means: what the user asked for cannot be done, and here is the line that says why."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -16,3 +17,6 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

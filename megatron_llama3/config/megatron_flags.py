@@ -92,5 +92,5 @@ def explain(argument: str, known: list[str]) -> str:
     if flag in _INSTEAD:
         return f"Megatron-LM's {flag} does not exist here: {_INSTEAD[flag]}"
     if flag in megatron_flags():
-        return f"Megatron-LM has {flag}; megatron_llama3 does not{nearest(flag, known)}"
+        return f"Megatron-LM has {flag}; megatron_llama3 does not"
     return f"unknown flag {flag}{nearest(flag, known)}"

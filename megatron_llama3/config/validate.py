@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from megatron_llama3.config import schedules
@@ -195,6 +196,8 @@ def _engine_and_dtype(config: "RunConfig") -> Iterator[str]:
     parallel, optimizer = config.parallel, config.optimizer
     if optimizer.bf16 and optimizer.fp64:
         yield "--bf16 and --fp64 are both given: choose one"
+    if config.training.attention_kernel == "varlen" and not optimizer.bf16:
+        yield f"--attention-kernel varlen computes in bfloat16 and this run in {optimizer.compute_dtype}: add --bf16, or use auto or sdpa"
     if parallel.zero_stage not in (1, 2, 3):
         yield f"--zero-stage {parallel.zero_stage}: choose 1, 2 or 3"
     if parallel.engine != "deepspeed":
@@ -238,12 +241,13 @@ def _largest(given: int | None, steps: list[tuple[int, int]], name: str, schedul
 def _seq_length(config: "RunConfig", length: int) -> Iterator[str]:
     parallel = config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    given = f"sequence length {length} of {'--seq-length-schedule' if config.data.seq_length_schedule else '--seq-length'}"
     if length > config.model.max_position_embeddings:
-        yield f"sequence length {length} is above --max-position-embeddings {config.model.max_position_embeddings}"
+        yield f"{given} is above --max-position-embeddings {config.model.max_position_embeddings}"
     if cp > 1 and length % (2 * cp):
-        yield f"sequence length {length} is not divisible by 2 x CP = 2 x {cp} = {2 * cp}"
+        yield f"{given} is not divisible by 2 x CP = 2 x {cp} = {2 * cp}"
     elif parallel.sequence_parallel and length // cp % tp:
-        yield f"sequence length {length} / CP {cp} = {length // cp} is not divisible by TP {tp}, as --sequence-parallel needs"
+        yield f"{given}: {length} / CP {cp} = {length // cp} is not divisible by TP {tp}, as --sequence-parallel needs"
 
 
 def _optimizer(config: "RunConfig") -> Iterator[str]:
@@ -273,6 +277,10 @@ def missing_inputs(config: "RunConfig") -> Iterator[str]:
         yield from _missing_datasets(flag(name), getattr(data, name))
     if data.tokenizer_model is not None and not os.path.exists(data.tokenizer_model):
         yield f"--tokenizer-model {data.tokenizer_model}: no such file or folder"
+    if config.logging.wandb_project is not None and find_spec("wandb") is None:
+        yield f"--wandb-project {config.logging.wandb_project}: wandb is not installed: pip install megatron-llama3[wandb]"
+    if config.parallel.engine == "deepspeed" and find_spec("deepspeed") is None:
+        yield "--engine deepspeed: it is not installed: pip install megatron-llama3[deepspeed]"
     yield from _checkpoint(config)
 
 

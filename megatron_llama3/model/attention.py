@@ -39,12 +39,18 @@ class AttentionMask:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of the same values; to a GPU from pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def _dense_mask(mask: AttentionMask, start: int, end: int) -> Tensor:
     """Bool [b or 1, 1, end - start, end]: True where query `start + i` sees key j."""
     queries, keys = torch.arange(start, end, device=mask.device), torch.arange(end, device=mask.device)
     visible = (keys <= queries.unsqueeze(1)).unsqueeze(0)
     if mask.document_ids is not None:
-        ids = torch.from_numpy(np.ascontiguousarray(mask.document_ids)).to(mask.device)
+        ids = to_device(mask.document_ids, mask.device)
         visible = visible & (ids[:, start:end, None] == ids[:, None, :end])
     return visible.unsqueeze(1)
 
@@ -111,7 +117,7 @@ def plan_flex(mask: AttentionMask, batch: int) -> list[tuple[int, int, Any]]:
 def _block_mask(mask: AttentionMask, start: int, end: int, batch: int):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    ids = None if mask.document_ids is None else torch.from_numpy(np.ascontiguousarray(mask.document_ids)).to(mask.device)
+    ids = None if mask.document_ids is None else to_device(mask.document_ids, mask.device)
 
     def visible(b, h, query, key):
         before = key <= query + start
@@ -164,8 +170,8 @@ def _stretches(mask: AttentionMask, start: int, end: int, batch: int) -> Stretch
         key_rows.append(np.arange(row * end + documents[0][0], (row + 1) * end))
         query_lengths += [e - max(a, start) for a, e in documents]
         key_lengths += [e - a for a, e in documents]
-    cumulative = [torch.tensor(np.cumsum([0, *x]), dtype=torch.int32, device=mask.device) for x in (query_lengths, key_lengths)]
-    rows = torch.from_numpy(np.concatenate(key_rows)).to(mask.device) if start else None
+    cumulative = [to_device(np.cumsum([0, *x], dtype=np.int32), mask.device) for x in (query_lengths, key_lengths)]
+    rows = to_device(np.concatenate(key_rows), mask.device) if start else None
     return Stretches(start, end, rows, *cumulative)
 
 
@@ -204,8 +210,6 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """`auto` is FlashAttention for packed documents where it runs (bf16 on CUDA), SDPA elsewhere."""
     if name in ("flex", "varlen") and device.type == "cpu":
         raise UserError(f"--attention-kernel {name} trains on a GPU only and this job runs on a CPU: use auto, sdpa or reference")
-    if name == "varlen" and dtype != torch.bfloat16:
-        raise UserError(f"--attention-kernel varlen computes in bfloat16 and this run in {dtype}: add --bf16, or use auto or sdpa")
     if name != "auto":
         return name
     return "varlen" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"

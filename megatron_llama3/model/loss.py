@@ -27,6 +27,8 @@ def token_log_probs(
     hidden [s, b, h] (this rank's part of s under sequence parallelism), weight [V/t, h] with rows `first_row` onward, targets int64
     [s, b] of the whole gathered s -> [s, b]. With `loss_weights` [s, b] the gradient that comes back must be these times one number.
     """
+    if not torch.is_grad_enabled():
+        loss_weights = None  # an evaluation wants no gradients
     return _ChunkedLogProbs.apply(tp.gather_input(hidden), local(weight), targets, first_row, tp.group, chunk_size, loss_weights)
 
 
@@ -57,7 +59,7 @@ class _ChunkedLogProbs(Function):
         ctx.hidden_shape, ctx.first_row, ctx.chunk_size = hidden.shape, first_row, chunk_size
         ctx.is_ready, ctx.weight_dtype = gradients is not None, weight.dtype
         if ctx.is_ready:
-            one_that_counts = loss_weights.flatten().argmax()
+            one_that_counts = loss_weights.flatten().argmax(0, keepdim=True)
             ctx.save_for_backward(gradients.x, gradients.weight, loss_weights, one_that_counts)
         else:
             ctx.save_for_backward(x, weight, targets, log_sums)
@@ -68,7 +70,9 @@ class _ChunkedLogProbs(Function):
         if ctx.is_ready:
             x_grad, weight_grad, loss_weights, one_that_counts = ctx.saved_tensors
             loss_weights = loss_weights.to(grad.dtype)
-            scale = grad.flatten()[one_that_counts] / loss_weights.flatten()[one_that_counts].clamp_min(torch.finfo(grad.dtype).tiny)
+            # A tensor as an index would make the host wait for the GPU.
+            its_grad, its_weight = (x.flatten().index_select(0, one_that_counts) for x in (grad, loss_weights))
+            scale = its_grad / its_weight.clamp_min(torch.finfo(grad.dtype).tiny)
             is_as_promised = torch.isclose(grad, scale * loss_weights).all()
             torch._assert_async(is_as_promised, "the loss is no weighted sum by `loss_weights`")
             x_grad, weight_grad = (None if g is None else (g.to(scale.dtype) * scale).to(g.dtype) for g in (x_grad, weight_grad))

@@ -36,10 +36,6 @@ class ParallelGroups:
         return self.topology.coordinates(self.rank)
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.at.pp == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.at.pp == self.topology.pp - 1
 

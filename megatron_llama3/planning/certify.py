@@ -17,6 +17,7 @@ from megatron_llama3.config.parallel import ParallelConfig, layers_of_chunks
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.schedules import batch_size_steps
 from megatron_llama3.planning.equivalence import BOUNDS, compare, one_process, train_under
+from megatron_llama3.planning.local_ranks import RankFailedError
 
 MAX_RANKS = 8
 STEPS = 5
@@ -67,7 +68,11 @@ def certify(config: RunConfig, progress=lambda text: None) -> Certificate:
     for trial in trials:
         for dtype in dict.fromkeys((exact, own)):
             progress(f"{describe(trial)} in {dtype}")
-            certificate.results.append(run_trial(trial, dtype))
+            try:
+                certificate.results.append(run_trial(trial, dtype))
+            except RankFailedError as error:
+                progress(f"did not finish: {str(error).strip().splitlines()[-1]}")
+                certificate.results.append(Result(trial, dtype, {"did not finish": math.inf}, {"did not finish": 0.0}))
     _list_features(certificate, trials)
     return certificate
 
@@ -87,15 +92,22 @@ def run_trial(trial: Trial, dtype: str) -> Result:
 
 def make_trials(config: RunConfig) -> list[Trial]:
     """One trial for each set of axes that fits and is part of no larger one; one more for each way in which M stands to PP in the ramp."""
+    *others, last = _microbatch_classes(config)
+    trials = [_trial(config, axes, last) for axes in _axes_to_try(config, last)]
+    if config.parallel.pipeline_model_parallel_size > 1:
+        trials += [_trial(config, next(a for a in _axes_to_try(config, other) if a["pp"] > 1), other) for other in others]
+    return trials
+
+
+def _axes_to_try(config: RunConfig, microbatch_class: str) -> list[dict[str, int]]:
+    """The sizes of the axes, for each set of axes that fits and is part of no larger one."""
     p = config.parallel
-    sizes = {"tp": _small_tp(config), "cp": min(p.context_parallel_size, 2), "pp": _small_pp(config), "dp": min(p.data_parallel_size, 2)}
+    pp = _small_pp(config, microbatch_class)
+    sizes = {"tp": _small_tp(config), "cp": min(p.context_parallel_size, 2), "pp": pp, "dp": min(p.data_parallel_size, 2)}
     used = [axis for axis in AXES if sizes[axis] > 1]
     fitting = [c for n in range(len(used), -1, -1) for c in combinations(used, n) if math.prod(sizes[a] for a in c) <= MAX_RANKS]
     choices = [chosen for chosen in fitting if not any(set(chosen) < set(other) for other in fitting)]
-    classes = _microbatch_classes(config)
-    trials = [_trial(config, {a: sizes[a] if a in chosen else 1 for a in AXES}, classes[-1]) for chosen in choices]
-    with_pipeline = next((t.axes for t in trials if t.axes["pp"] > 1), trials[0].axes)
-    return trials + [_trial(config, with_pipeline, other) for other in classes[:-1]]
+    return [{a: sizes[a] if a in chosen else 1 for a in AXES} for chosen in choices]
 
 
 def _small_tp(config: RunConfig) -> int:
@@ -104,11 +116,11 @@ def _small_tp(config: RunConfig) -> int:
     return 1 if tp == 1 else min(max(2, tp // kv), MAX_RANKS)
 
 
-def _small_pp(config: RunConfig) -> int:
-    """2, or 3 where the first or last rank differs from those between them, or M lies between 1 and PP."""
+def _small_pp(config: RunConfig, microbatch_class: str) -> int:
+    """2, or 3 where the first or last rank differs from those between them, or M is to lie between 1 and PP."""
     p = config.parallel
     uneven = p.decoder_first_pipeline_num_layers or p.decoder_last_pipeline_num_layers or (_accounted(p) and p.chunks_per_rank == 1)
-    return min(p.pipeline_model_parallel_size, 3 if uneven or "M < PP" in _microbatch_classes(config) else 2)
+    return min(p.pipeline_model_parallel_size, 3 if uneven or microbatch_class == "M < PP" else 2)
 
 
 def _accounted(p: ParallelConfig) -> int:

@@ -6,7 +6,7 @@ the steps within 1e-8. In bf16 the error against fp32 is at most twice that of o
 
 import math
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -177,10 +177,3 @@ def synthetic_batch(config: RunConfig, step: int, dp_rank: int, dp_size: int) ->
         position_ids=position_ids,
     )
     return Batch(*(a.reshape(g // (b * dp_size), dp_size, b, s)[:, dp_rank] for a in arrays))
-
-
-def with_layout(config: RunConfig, **layout) -> RunConfig:
-    """A copy under another layout; `layout` are fields of ParallelConfig."""
-    config = deepcopy(config)
-    config.parallel = replace(config.parallel, **layout)
-    return config

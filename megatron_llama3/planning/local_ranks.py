@@ -24,9 +24,10 @@ class RankFailedError(AssertionError):
     pass
 
 
-def run_ranks(world_size: int, function: Callable, *args, timeout: float = 240.0) -> list:
+def run_ranks(world_size: int, function: Callable, *args, timeout: float | None = None) -> list:
     """`function(*args)` on each rank of a gloo world. Returns the results in rank order; the first failure ends all ranks and is raised
-    with the rank's traceback."""
+    with the rank's traceback. `timeout` in seconds; by default longer the more ranks share a core."""
+    timeout = timeout or 240.0 * max(1.0, world_size / (os.cpu_count() or 1))
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(world_size):

@@ -76,6 +76,8 @@ def open_checkpoint(args: argparse.Namespace) -> tuple["WeightSource", "Tokenize
     path = args.tokenizer_model or path
     if path is None:
         raise UserError(f"{args.load}: its run_config.yaml names no tokenizer: give --tokenizer-model")
+    if not Path(path).exists():
+        raise UserError(f"{args.load}: the tokenizer that its run_config.yaml names, {path}, is not here: give --tokenizer-model")
     return source, load_tokenizer(path)
 
 

@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from megatron_llama3.data.loader import Batch
-from megatron_llama3.model.attention import AttentionMask
+from megatron_llama3.model.attention import AttentionMask, to_device
 from megatron_llama3.model.llama import ModelInputs
 from megatron_llama3.parallel.context_parallel import chunk_ranges, local_positions
 from megatron_llama3.parallel.groups import ParallelGroups
@@ -26,7 +25,7 @@ def make_microbatches(batch: Batch, groups: ParallelGroups, document_mask: bool 
     mine = local_positions(seq_length, cp_size, cp_rank).numpy()
 
     def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array[..., mine].T)).to(groups.device, non_blocking=True)
+        return to_device(array[..., mine].T, groups.device)
 
     microbatches = []
     for m in range(len(batch.tokens)):

@@ -16,6 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 RUNS = [
     ("pretrain_llama3_8b", 8),
     ("pretrain_llama3_8b", 1024),
+    ("pretrain_llama3_8b", 16384),
     ("pretrain_llama3_70b", 2048),
     ("pretrain_llama3_405b", 8192),
     ("pretrain_llama3_405b", 16384),

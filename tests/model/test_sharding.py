@@ -13,9 +13,9 @@ from megatron_llama3.model.llama import BuildOptions, Llama
 from megatron_llama3.model.sharding import initial_weight, weight_table
 from megatron_llama3.parallel.groups import initialize_groups
 from megatron_llama3.parallel.tensor_parallel import TensorParallel
-from megatron_llama3.planning.equivalence import Trace, train_under, with_layout
+from megatron_llama3.planning.equivalence import Trace, one_process, train_under
 from megatron_llama3.planning.local_ranks import run_ranks
-from tests.training.layouts import AXES, config_of
+from tests.training.layouts import DEEPSPEED_AXES, config_of, matrix, name_of
 
 PUBLISHED = {
     "llama3.2-1b": 1_235_814_400,
@@ -85,16 +85,14 @@ def fingerprint(trace: Trace) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.slow
-def test_initialisation_hashes_the_same_under_every_layout():
-    row = {axis: values[0] for axis, values in AXES.items()} | {"pp": 2, "kv_heads": 2}
-    config = config_of({**row, "pp": 1}, "fp32")
-    config.model = config_of(row, "fp32").model
-    layouts = [
-        {"world_size": 1},
-        {"world_size": 4, "tensor_model_parallel_size": 4, "sequence_parallel": True},
-        {"world_size": 8, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-        {"world_size": 2, "context_parallel_size": 2},
-        {"world_size": 3},
-    ]
-    assert len({fingerprint(train_under(with_layout(config, **layout), 0)) for layout in layouts}) == 1
+ROWS = matrix() + matrix(DEEPSPEED_AXES, pool=1000)[:3]
+SAMPLE = (0, 3, 7, 11, 42)
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow if i in SAMPLE else pytest.mark.full, id=name_of(row)) for i, row in enumerate(ROWS)]
+)
+def test_initialisation_hashes_the_same_under_every_layout(row):
+    """Every row of the matrix: virtual, uneven and empty stages, tied embeddings, both engines."""
+    config = config_of(row, "fp32")
+    assert fingerprint(train_under(config, 0)) == fingerprint(train_under(one_process(config), 0))

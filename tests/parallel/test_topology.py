@@ -49,19 +49,19 @@ def _groups_of_this_rank(config: ParallelConfig) -> tuple:
     mesh = groups.mesh()
     members = {n: dist.get_process_group_ranks(getattr(groups, n)) for n in ("tp", "cp", "pp", "dp", "dp_cp")}
     same = mesh.get_group("tp") is groups.tp and mesh.get_group("dp_cp") is groups.dp_cp
-    return groups.topology, groups.rank, members, same, groups.is_first_stage, groups.is_last_stage, groups.embedding is None
+    return groups.topology, groups.rank, members, same, groups.is_last_stage, groups.embedding is None
 
 
 def test_joined_groups_are_those_of_the_arithmetic_and_the_mesh_holds_the_same_objects():
     config = ParallelConfig(
         tensor_model_parallel_size=2, context_parallel_size=1, pipeline_model_parallel_size=3, world_size=6, sequence_parallel=True
     )
-    for rank, (topology, own_rank, members, same, first, last, no_embedding) in enumerate(run_ranks(6, _groups_of_this_rank, config)):
+    for rank, (topology, own_rank, members, same, last, no_embedding) in enumerate(run_ranks(6, _groups_of_this_rank, config)):
         check_members(topology, own_rank, members)
         assert own_rank == rank
         assert same
         stage = topology.coordinates(rank).pp
-        assert (first, last, no_embedding) == (stage == 0, stage == 2, stage == 1)
+        assert (last, no_embedding) == (stage == 2, stage == 1)
 
 
 def check_members(topology: Topology, rank: int, members: dict[str, list[int]]) -> None:

@@ -8,6 +8,7 @@ from megatron_llama3.config.parallel import layers_of_chunks
 from megatron_llama3.planning import certify as module
 from megatron_llama3.planning.certify import Certificate, Result, as_markdown, certify, make_trials, run_trial
 from megatron_llama3.planning.equivalence import Trace, synthetic_batch
+from megatron_llama3.planning.local_ranks import RankFailedError
 
 THE_405B = (
     "--model-name llama3-405b --world-size 16384 --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --sequence-parallel "
@@ -27,6 +28,12 @@ def test_the_405b_keeps_every_axis_its_chunks_and_its_empty_stages():
     assert trial.config.parallel.sequence_parallel
     assert trial.config.model.num_query_groups == 2, "one KV head a TP rank, as 8 of 8"
     assert trial.config.optimizer.bf16
+
+
+def test_a_phase_of_the_ramp_with_few_micro_batches_takes_no_axis_from_the_others():
+    last, first = make_trials(config(THE_405B.replace("--global-batch-size 2048", ""), "--step-batch-size-schedule", "0:1024 252M:2048"))
+    assert last.axes == {"tp": 2, "cp": 1, "pp": 2, "dp": 2}
+    assert (first.axes["pp"], first.microbatches) == (3, 2)
 
 
 @pytest.fixture
@@ -85,7 +92,7 @@ def test_empty_stages_without_virtual_stages_stay_empty():
 
 @pytest.mark.usefixtures("untrained")
 def test_what_no_trial_has_is_not_called_exercised(monkeypatch):
-    monkeypatch.setattr(module, "_small_pp", lambda config: 2)
+    monkeypatch.setattr(module, "_small_pp", lambda config, microbatch_class: 2)
     run = config(f"--world-size 4 --pipeline-model-parallel-size 4 --num-layers 2 {ACCOUNTED}", "--global-batch-size", "3")
     certificate = certify(run)
     assert certificate.not_exercised == ["M < PP", EMPTY, "chunks of different length"]
@@ -171,6 +178,18 @@ def test_a_broken_number_fails_and_an_infinite_one_too():
         certificate = Certificate(trial.config, [Result(trial, "fp64", {"loss": value}, {"loss": 1e-10})])
         assert certificate.verdict == "FAILED"
         assert "BROKEN" in as_markdown(certificate, [])
+
+
+def test_a_trial_that_fails_leaves_the_others_their_place(monkeypatch):
+    def fail(trial, dtype):
+        raise RankFailedError("rank 0:\nRuntimeError: no memory")
+
+    said = []
+    monkeypatch.setattr(module, "run_trial", fail)
+    certificate = certify(config("--world-size 2"), progress=said.append)
+    assert said[1] == "did not finish: RuntimeError: no memory"
+    assert certificate.verdict == "FAILED"
+    assert "| did not finish | inf | 0.0e+00 | BROKEN |" in as_markdown(certificate, [])
 
 
 @pytest.mark.slow

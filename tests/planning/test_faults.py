@@ -16,6 +16,8 @@ ROWS: dict[str, Row] = {
         "tied pp": {"pp": 2, "tied": True, "micro_batch": 3},
         "dp": {"dp": 2, "micro_batch": 3},
         "one micro-batch": {"pp": 2, "micro_batch": 6},
+        "tied tp pp": {"tp": 2, "pp": 2, "tied": True, "micro_batch": 3},
+        "sp cp": {"tp": 2, "sp": True, "cp": 2, "micro_batch": 2},
     }.items()
 }
 STEPS = 2

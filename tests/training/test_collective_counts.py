@@ -42,23 +42,26 @@ def _group_name(argument) -> str | None:
         return None
 
 
-def _count(config: RunConfig) -> Counter:
+def _count(config: RunConfig, evaluate: bool = False) -> Counter:
     groups = initialize_groups(config.parallel)
     engine = build_engine(config, groups)
+    run = engine.evaluate if evaluate else engine.forward_backward
     for step in range(2):  # FSDP2 sets itself up in the first step
         with Calls(groups) as calls:
-            engine.forward_backward(synthetic_batch(config, step, groups.at.dp, groups.topology.dp))
+            run(synthetic_batch(config, step, groups.at.dp, groups.topology.dp))
+        if evaluate:
+            continue
         engine.clip_gradients(1.0)
         engine.optimizer_step(1e-4)
     return calls.counts
 
 
-def counts(**row) -> list[Counter]:
+def counts(evaluate: bool = False, **row) -> list[Counter]:
     config = config_of({**PLAIN, **row})
     config.model.num_layers = LAYERS
     config.training.global_batch_size = SEQUENCES
     config.training.loss_chunk_size = 1000
-    return run_ranks(config.parallel.world_size, _count, config)
+    return run_ranks(config.parallel.world_size, _count, config, evaluate)
 
 
 def products(count: Counter) -> int:
@@ -73,6 +76,17 @@ def test_products_of_one_process():
     """A linear layer has three products, and so has the output layer with its loss."""
     (count,) = counts()
     assert products(count) == SEQUENCES * (LAYERS * MATRICES * 3 + 3)
+
+
+def test_the_host_reads_numbers_off_the_device_once_a_step_and_not_once_a_micro_batch():
+    """Each such read makes the host wait for a GPU: the token count, and the loss."""
+    (count,) = counts()
+    assert count["_local_scalar_dense"] == 2
+
+
+def test_an_evaluation_computes_no_gradients():
+    (count,) = counts(evaluate=True)
+    assert products(count) == SEQUENCES * (LAYERS * MATRICES + 1)
 
 
 @pytest.mark.slow
