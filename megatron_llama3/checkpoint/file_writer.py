@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -14,17 +15,23 @@ _libc = ctypes.CDLL(None)
 
 
 class FileWriter:
-    """`position` bytes were written, `crc` is their CRC-32."""
+    """`position` is where the next byte goes, `crc` the CRC-32 of all that was written. A block that ends well leaves it on disk.
 
-    def __init__(self, path: Path):
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by __exit__
-        self.position, self.crc, self._written_out = 0, 0, 0
+    With `start` it writes into a file that is there, from that byte on.
+    """
+
+    def __init__(self, path: Path, start: int | None = None):
+        self._file = open(path, "wb" if start is None else "r+b", buffering=0)  # noqa: SIM115  closed by __exit__
+        self.position = self._written_out = self._file.seek(start or 0)
+        self.crc = 0
 
     def __enter__(self) -> "FileWriter":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with self._file:
+            if kind is None:
+                os.fsync(self._file.fileno())
 
     def write(self, pieces: Iterable[bytes | memoryview]) -> tuple[int, int]:
         """Appends the pieces. Returns (their bytes, their CRC-32)."""

@@ -5,7 +5,6 @@
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource, cast, equa
 from megatron_llama3.checkpoint.names import check_weights, to_halves, to_hf_name, to_pairs
 from megatron_llama3.checkpoint.native import open_native
 from megatron_llama3.checkpoint.publish import publish_folder, write_in_parallel
-from megatron_llama3.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from megatron_llama3.checkpoint.safetensors_file import read_safetensors, writing_tasks
 from megatron_llama3.checkpoint.tokenizer_files import TOKEN_IDS, tokenizer_assets, with_tokenizer, write_tokenizer
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.model.sharding import weight_table
@@ -59,7 +58,7 @@ def write_hf(source: WeightSource, folder: Path, dtype: torch.dtype | None = Non
         index = {name: file for file, shard in zip(files, shards) for name in shard}
         size = sum(tensor.nbytes for tensor in weights.values())
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
-    write_in_parallel([partial(write_safetensors, folder / file, shard) for file, shard in zip(files, shards)], workers)
+    write_in_parallel([task for file, shard in zip(files, shards) for task in writing_tasks(folder / file, shard)], workers)
 
 
 def export_hf(

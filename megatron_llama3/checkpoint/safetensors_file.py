@@ -5,7 +5,8 @@ The safetensors package maps files privately (which counts as memory of the proc
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_llama3.config.errors import UserError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+TASK_BYTES = 256 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -44,8 +46,9 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Writes the tensors in the order given, one block of rows at a time."""
+def writing_tasks(path: Path, tensors: Mapping[str, LazyTensor]) -> list[Callable[[], None]]:
+    """Writes the header of a file with the tensors in the order given, and returns what is left to do: runs of tensors of about TASK_BYTES,
+    in any order or at the same time, one block of rows each in memory."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -55,7 +58,20 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8
     with FileWriter(path) as file:
         file.write([struct.pack("<Q", len(text)), text])
-        for tensor in tensors.values():
+        start = file.position
+    tasks, run, position = [], [], start
+    for number, tensor in enumerate(tensors.values()):
+        run.append(tensor)
+        size = sum(t.nbytes for t in run)
+        if size >= TASK_BYTES or number == len(tensors) - 1:
+            tasks.append(partial(_write_run, path, position, run))
+            run, position = [], position + size
+    return tasks
+
+
+def _write_run(path: Path, start: int, tensors: Sequence[LazyTensor]) -> None:
+    with FileWriter(path, start) as file:
+        for tensor in tensors:
             file.write(map(tensor_bytes, tensor.blocks()))
 
 
