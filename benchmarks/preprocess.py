@@ -10,6 +10,7 @@ have other work to do. `--save` appends the table to benchmarks/RESULTS.md.
 
 import argparse
 import datetime
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -31,28 +32,36 @@ SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".c", ".cpp", ".
 HUGGING_FACE_BYTES = 20_000_000  # its speed does not change with size, and it is slow
 
 
-def write_corpus(path: Path, size: int) -> int:
-    """JSONL of distinct files in random order, up to `size` bytes of text; returns the bytes it has."""
+def write_corpus(path: Path, size: int, folders: list[Path]) -> int:
+    """JSONL of distinct files in random order, up to `size` bytes of text; returns the bytes it has. `folders`: see --text."""
     files, seen, written = [], set(), 0
     for folder in {sysconfig.get_path("stdlib"), *site.getsitepackages()}:
-        files += [file for file in Path(folder).rglob("*") if file.suffix in SUFFIXES and file.is_file()]
-    random.Random(0).shuffle(files := sorted(set(files)))
+        files += [file for file in Path(folder).rglob("*") if file.suffix in SUFFIXES]
+    files += [file for folder in folders for file in folder.rglob("*")]
+    files = sorted({file.resolve() for file in files if file.is_file()})
+    random.Random(0).shuffle(files)
     with open(path, "wb") as output:
         for file in files:
-            data = file.read_bytes()
-            digest = hashlib.sha256(data).digest()
-            try:
-                text = data.decode()
-            except UnicodeDecodeError:
-                continue
-            if digest in seen or not text or len(data) > 5_000_000:
+            text = read_text(file)
+            digest = hashlib.sha256(text.encode()).digest()
+            if digest in seen or not text:
                 continue
             seen.add(digest)
             output.write(json.dumps({"file": file.name, "text": text}, ensure_ascii=False).encode() + b"\n")
-            written += len(data)
+            written += len(text.encode())
             if written >= size:
                 break
     return written
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, gunzipped where it ends in .gz; "" where it is none, or over 5 MB."""
+    data = file.read_bytes()
+    data = gzip.decompress(data) if file.suffix == ".gz" else data
+    try:
+        return data.decode() if len(data) <= 5_000_000 and b"\0" not in data else ""
+    except UnicodeDecodeError:
+        return ""
 
 
 def encode_alone(library: str, corpus: str, model: str, workers: int) -> dict:

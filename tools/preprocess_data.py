@@ -38,13 +38,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    started = time.monotonic()
     flags = vars(parse_arguments())
     flags.pop("tokenizer_type")
+    from megatron_llama3.tokenizer.bulk_encoder import EncoderLoader
+
+    loader = EncoderLoader(flags["tokenizer_model"])  # in a thread, beside the imports that follow
     from megatron_llama3.data.preprocess import PreprocessOptions, preprocess
 
-    started = time.monotonic()
     options = PreprocessOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
-    summary, outputs = preprocess(options)
+    summary, outputs = preprocess(options, loader)
     seconds = time.monotonic() - started
     print(f"wrote {', '.join(outputs)}")
     compression = summary.characters / max(summary.tokens, 1)
