@@ -9,6 +9,7 @@ Across machines: --num-shards and --shard-id (scripts/preprocess_array.sbatch), 
 """
 
 import argparse
+import os
 import sys
 import time
 
@@ -41,13 +42,11 @@ def main() -> None:
     started = time.monotonic()
     flags = vars(parse_arguments())
     flags.pop("tokenizer_type")
-    from megatron_llama3.tokenizer.bulk_encoder import EncoderLoader
-
-    loader = EncoderLoader(flags["tokenizer_model"])  # in a thread, beside the imports that follow
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads for products that nothing here computes
     from megatron_llama3.data.preprocess import PreprocessOptions, preprocess
 
     options = PreprocessOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
-    summary, outputs = preprocess(options, loader)
+    summary, outputs = preprocess(options)
     seconds = time.monotonic() - started
     print(f"wrote {', '.join(outputs)}")
     compression = summary.characters / max(summary.tokens, 1)

@@ -23,7 +23,6 @@ from megatron_llama3.data.preprocess_progress import Progress
 from megatron_llama3.data.preprocess_tokenize import BulkTokenizer
 from megatron_llama3.data.preprocess_worker import ShardMaker, ShardSpec, serve
 from megatron_llama3.data.sidecar import read_sidecar
-from megatron_llama3.tokenizer.bulk_encoder import EncoderLoader
 from megatron_llama3.tokenizer.llama3 import Tokenizer, load_tokenizer
 
 _SPOOL_BYTES = 16 << 20
@@ -54,12 +53,8 @@ class PreprocessOptions:
         return self.output_prefix if self.num_shards == 1 else f"{self.output_prefix}_{self.shard_id:05d}_of_{self.num_shards:05d}"
 
 
-def preprocess(options: PreprocessOptions, loader: EncoderLoader | None = None) -> tuple[Summary, list[str]]:
-    """Runs the job to its end; returns its totals and the prefixes of the datasets written. Raises UserError.
-
-    loader: of options.tokenizer_model, where it was begun before this module's imports.
-    """
-    loader = loader or EncoderLoader(options.tokenizer_model)
+def preprocess(options: PreprocessOptions) -> tuple[Summary, list[str]]:
+    """Runs the job to its end; returns its totals and the prefixes of the datasets written. Raises UserError."""
     sources = expand_inputs(options.input, options.input_format)
     _check(options, sources)
     tokenizer = load_tokenizer(options.tokenizer_model)
@@ -68,22 +63,20 @@ def preprocess(options: PreprocessOptions, loader: EncoderLoader | None = None) 
     with JobFolder(options.prefix) as folder:
         if (done := _already_done(outputs, description)) is None:
             try:
-                done = _run_job(options, sources, tokenizer, loader, description, folder)
+                done = _run_job(options, sources, tokenizer, description, folder)
             except OSError as error:
                 raise UserError(f"cannot write {error.filename or options.prefix}: {error.strerror}; {_RESUME}") from error
         folder.remove()
     return done, outputs
 
 
-def _run_job(
-    options: PreprocessOptions, sources: list[Source], tokenizer: Tokenizer, loader: EncoderLoader, description: dict, folder: JobFolder
-) -> Summary:
+def _run_job(options: PreprocessOptions, sources: list[Source], tokenizer: Tokenizer, description: dict, folder: JobFolder) -> Summary:
     spec = _shard_spec(options, tokenizer, str(folder.path))
     unit_bytes = folder.open_job(description, unit_bytes_for(sources, options.workers, options.num_shards))
     planned = partial(plan_units, sources, unit_bytes, options.num_shards, options.shard_id)
     units = _spooled(folder, sources) if sources[0].path == "-" else list(planned())
     progress = Progress(sum(unit.size for unit in units) if isinstance(units, list) else None, options.log_interval)
-    bulk = BulkTokenizer(tokenizer, options.parse_special_tokens, loader)
+    bulk = BulkTokenizer(tokenizer, options.parse_special_tokens, options.tokenizer_model)
     pool = WorkerPool(options.workers, partial(ShardMaker, spec, sources, bulk), folder)
     try:
         with Assembler(folder, options.prefix, spec, sources) as assembler, progress:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_llama3.tokenizer.bulk_encoder import EncoderLoader, build_encoder
+from megatron_llama3.tokenizer.bulk_encoder import load_encoder
 from megatron_llama3.tokenizer.llama3 import MAX_ENCODE_CHARS, MAX_RUN_CHARS, Tokenizer, split_for_encoding
 
 # Letters and digits that Unicode 17 added: gigatoken 0.10 knows them, tiktoken's and transformers' tables do not yet.
@@ -25,13 +25,13 @@ _DISPUTED_OF_3_BYTES = (b"\xe0\xa2\x8f", b"\xe0\xb1\x9c", b"\xe0\xb3\x9c")
 class BulkTokenizer:
     """The fast path of a `Tokenizer`. Loading it takes most of a tool's start; fork workers after that.
 
-    loader: begun earlier for the file that `tokenizer` came from, or None to build the encoder here.
+    path: the file or folder that `tokenizer` came from, by which its encoder is found in the cache.
     """
 
-    def __init__(self, tokenizer: Tokenizer, parse_special: bool = False, loader: EncoderLoader | None = None):
+    def __init__(self, tokenizer: Tokenizer, parse_special: bool = False, path: str | None = None):
         self.tokenizer = tokenizer
         self._parse_special = parse_special
-        self._encode = (loader.encoder_of(tokenizer) if loader else build_encoder(tokenizer)).encode
+        self._encode = load_encoder(tokenizer, path).encode
 
     def encode(self, text: str) -> np.ndarray:
         """ids of `text`, uint32 [n], without BOS and EOS."""

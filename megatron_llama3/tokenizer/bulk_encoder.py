@@ -1,4 +1,4 @@
-"""gigatoken's encoder of a vocabulary, loaded in a thread while a tool imports what else it needs, from a file in the user's cache.
+"""gigatoken's encoder of a vocabulary, from a file in the user's cache.
 
 gigatoken wants a vocabulary as merges, which tiktoken's ranks only imply: spelling them out takes a second, so that is done once. The
 cache (XDG_CACHE_HOME or ~/.cache, megatron_llama3/) only saves time: where it cannot be written, or is damaged, all goes on without it.
@@ -7,11 +7,9 @@ cache (XDG_CACHE_HOME or ~/.cache, megatron_llama3/) only saves time: where it c
 import contextlib
 import hashlib
 import os
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_llama3.config.errors import UserError
 from megatron_llama3.tokenizer.vocabulary_files import huggingface_json, tokenizer_file, write_whole
 
 if TYPE_CHECKING:
@@ -22,33 +20,26 @@ if TYPE_CHECKING:
 _FORMAT = b"megatron_llama3 merges 1\n"
 
 
-class EncoderLoader:
-    """Begins to load the encoder of a tokenizer file or folder; `encoder_of` waits for it."""
+def load_encoder(tokenizer: "Tokenizer", path: str | Path | None = None) -> "BPETokenizer":
+    """The encoder of a vocabulary. path: the file or folder that `tokenizer` was loaded from, for the cache; None goes without it."""
+    cached = None
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
+        cached = _cache_file(tokenizer_file(path)) if path else None
+    if cached and (json := _read_checked(cached)):
+        return _load(json)
+    json = huggingface_json(tokenizer.ranks, {}, merges=reachable_merges(tokenizer.ranks)).encode()
+    if cached:
+        with contextlib.suppress(OSError):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(cached, hashlib.sha256(json).digest() + json)
+    return _load(json)
 
-    def __init__(self, path: str | Path):
-        self._encoder: BPETokenizer | None = None
-        self._cached: Path | None = None
-        # A thread of its own, not a daemon: Rust code must not run into the interpreter's end.
-        self._thread = threading.Thread(target=self._load_cached, args=(path,))
-        self._thread.start()
 
-    def _load_cached(self, path: str | Path) -> None:
-        with contextlib.suppress(OSError, RuntimeError, UserError):  # no such tokenizer is for load_tokenizer to say; no home
-            self._cached = _cache_file(tokenizer_file(path))
-            if json := _read_checked(self._cached):
-                self._encoder = _load(json)
+def _load(json: bytes) -> "BPETokenizer":
+    from gigatoken.gigatoken_rs import load_hf_json
 
-    def encoder_of(self, tokenizer: "Tokenizer") -> "BPETokenizer":
-        """The encoder; `tokenizer` is what `load_tokenizer` gives for the same path, and serves where the cache has nothing."""
-        self._thread.join()
-        if self._encoder is None:
-            json = encoder_json(tokenizer)
-            self._encoder = _load(json)
-            if self._cached:
-                with contextlib.suppress(OSError):
-                    self._cached.parent.mkdir(parents=True, exist_ok=True)
-                    write_whole(self._cached, hashlib.sha256(json).digest() + json)
-        return self._encoder
+    # Without special tokens: gigatoken would turn their spelling into their ids wherever it meets it.
+    return load_hf_json(json)
 
 
 def _cache_file(tokenizer: Path) -> Path:
@@ -64,22 +55,6 @@ def _read_checked(path: Path) -> bytes | None:
         if hashlib.sha256(data[32:]).digest() == data[:32]:
             return data[32:]
     return None
-
-
-def build_encoder(tokenizer: "Tokenizer") -> "BPETokenizer":
-    """The encoder of a vocabulary, without the cache."""
-    return _load(encoder_json(tokenizer))
-
-
-def _load(json: bytes) -> "BPETokenizer":
-    from gigatoken.gigatoken_rs import load_hf_json
-
-    return load_hf_json(json)
-
-
-def encoder_json(tokenizer: "Tokenizer") -> bytes:
-    """A tokenizer.json of the merges that encoding can reach, without special tokens: gigatoken would find their spelling in any text."""
-    return huggingface_json(tokenizer.ranks, {}, merges=reachable_merges(tokenizer.ranks)).encode()
 
 
 def reachable_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llama3.tokenizer import bulk_encoder
-from megatron_llama3.tokenizer.bulk_encoder import EncoderLoader, reachable_merges
+from megatron_llama3.tokenizer.bulk_encoder import load_encoder, reachable_merges
 from megatron_llama3.tokenizer.train import train
 from megatron_llama3.tokenizer.vocabulary_files import merges_of, write_tiktoken
 from tests.tokenizer.texts import SENTENCES
@@ -54,7 +54,7 @@ def files(tmp_path, monkeypatch):
 
 
 def _ids(path):
-    return EncoderLoader(path).encoder_of(small_vocabulary()).encode(TEXT).tolist()
+    return load_encoder(small_vocabulary(), path).encode(TEXT).tolist()
 
 
 def test_the_second_start_takes_the_merges_from_the_cache(files, monkeypatch):
@@ -62,7 +62,7 @@ def test_the_second_start_takes_the_merges_from_the_cache(files, monkeypatch):
     expected = small_vocabulary().encode(TEXT)
     assert _ids(path) == expected
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(bulk_encoder, "encoder_json", lambda *_: pytest.fail("spelled out again"))
+    monkeypatch.setattr(bulk_encoder, "reachable_merges", lambda *_: pytest.fail("spelled out again"))
     assert _ids(path) == expected
     assert _ids(path.parent) == expected
 
@@ -83,7 +83,7 @@ def test_another_vocabulary_is_not_served(files):
     _ids(path)
     other = train([TEXT], 560)
     write_tiktoken(path, other.ranks)
-    assert EncoderLoader(path).encoder_of(other).encode(TEXT).tolist() == other.encode(TEXT)
+    assert load_encoder(other, path).encode(TEXT).tolist() == other.encode(TEXT)
 
 
 def test_without_a_place_to_write_it_goes_on(files, monkeypatch):
