@@ -1,8 +1,9 @@
 """Tokens per second and peak memory of tools/preprocess_data.py beside tiktoken, Hugging Face tokenizers and gigatoken alone.
 
-    python benchmarks/preprocess.py --megabytes 200 --workers 1 2 [--save]
+    python benchmarks/preprocess.py --megabytes 200 --workers 1 2 [--text /usr/share/doc ...] [--save]
 
-The corpus is real text that any machine has: the distinct files of Python's standard library and site-packages. Every measurement is a
+The corpus is real text that any machine has: the distinct files of Python's standard library and site-packages, and of the folders that
+--text names. Every measurement is a
 fresh process, so that no cache has seen the text; libraries are timed on texts already in memory, without their start; the tool's time is
 that of its whole process: start, reading, JSON, tokenising, writing, syncing. Processor time is given beside wall time, for machines that
 have other work to do. `--save` appends the table to benchmarks/RESULTS.md.
@@ -10,6 +11,7 @@ have other work to do. `--save` appends the table to benchmarks/RESULTS.md.
 
 import argparse
 import datetime
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,31 +30,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".c", ".cpp", ".js", ".html", ".json", ".yaml")
-HUGGING_FACE_BYTES = 20_000_000  # its speed does not change with size, and it is slow
+# The speed of these two does not change with size, and they are slow.
+HUGGING_FACE_BYTES, TIKTOKEN_BYTES = 20_000_000, 60_000_000
+GIGATOKEN_BLOCK_BYTES = 64 << 20
 
 
-def write_corpus(path: Path, size: int) -> int:
-    """JSONL of distinct files in random order, up to `size` bytes of text; returns the bytes it has."""
+def write_corpus(path: Path, size: int, folders: list[Path]) -> int:
+    """JSONL of distinct files in random order, up to `size` bytes of text; returns the bytes it has. `folders`: see --text."""
     files, seen, written = [], set(), 0
     for folder in {sysconfig.get_path("stdlib"), *site.getsitepackages()}:
-        files += [file for file in Path(folder).rglob("*") if file.suffix in SUFFIXES and file.is_file()]
-    random.Random(0).shuffle(files := sorted(set(files)))
+        files += [file for file in Path(folder).rglob("*") if file.suffix in SUFFIXES]
+    files += [file for folder in folders for file in folder.rglob("*")]
+    files = sorted({file.resolve() for file in files if file.is_file()})
+    random.Random(0).shuffle(files)
     with open(path, "wb") as output:
         for file in files:
-            data = file.read_bytes()
-            digest = hashlib.sha256(data).digest()
-            try:
-                text = data.decode()
-            except UnicodeDecodeError:
-                continue
-            if digest in seen or not text or len(data) > 5_000_000:
+            text = read_text(file)
+            digest = hashlib.sha256(text.encode()).digest()
+            if digest in seen or not text:
                 continue
             seen.add(digest)
             output.write(json.dumps({"file": file.name, "text": text}, ensure_ascii=False).encode() + b"\n")
-            written += len(data)
+            written += len(text.encode())
             if written >= size:
                 break
     return written
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, gunzipped where it ends in .gz; "" where it is none, or over 5 MB."""
+    data = file.read_bytes()
+    data = gzip.decompress(data) if file.suffix == ".gz" else data
+    try:
+        return data.decode() if len(data) <= 5_000_000 and b"\0" not in data else ""
+    except UnicodeDecodeError:
+        return ""
 
 
 def encode_alone(library: str, corpus: str, model: str, workers: int) -> dict:
@@ -64,34 +76,52 @@ def encode_alone(library: str, corpus: str, model: str, workers: int) -> dict:
         texts = [json.loads(line)["text"] for line in file]
     tokenizer = load_tokenizer(model)
     if library == "tiktoken":
-        encoding = tokenizer.encoding
+        encoding, texts = tokenizer.encoding, first_bytes(texts, TIKTOKEN_BYTES)
         started, cpu = time.perf_counter(), time.process_time()
         tokens = sum(map(len, encoding.encode_ordinary_batch(texts, num_threads=workers)))
     elif library == "tokenizers":
         from tokenizers import Tokenizer
 
-        encoder, held, count = Tokenizer.from_str(huggingface_json(tokenizer.ranks, {})), 0, 0
-        while count < len(texts) and held < HUGGING_FACE_BYTES:
-            held, count = held + len(texts[count]), count + 1
+        encoder, texts = Tokenizer.from_str(huggingface_json(tokenizer.ranks, {})), first_bytes(texts, HUGGING_FACE_BYTES)
         started, cpu = time.perf_counter(), time.process_time()
-        tokens = sum(len(encoded.ids) for encoded in encoder.encode_batch_fast(texts[:count], add_special_tokens=False))
+        tokens = sum(len(encoded.ids) for encoded in encoder.encode_batch_fast(texts, add_special_tokens=False))
     else:
         import awkward
         from gigatoken.gigatoken_rs import load_hf_json
 
-        encoder = load_hf_json(huggingface_json(tokenizer.ranks, {}))
+        # Its fastest calls of those tried: text by text on one thread; on several 64 MB at a time (all at once takes up to twice as long).
+        encoder, texts = load_hf_json(huggingface_json(tokenizer.ranks, {})), [text.encode() for text in texts]
+        blocks = in_blocks(texts, GIGATOKEN_BLOCK_BYTES)
         started, cpu = time.perf_counter(), time.process_time()
         if workers == 1:
             tokens = sum(len(encoder.encode(text)) for text in texts)
         else:
-            tokens = int(awkward.count(encoder.encode_batch(texts, parallel=True)))
+            tokens = sum(int(awkward.count(encoder.encode_batch(block, parallel=True))) for block in blocks)
     return {"tokens": tokens, "seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+
+
+def first_bytes(texts: list, size: int) -> list:
+    """The first of `texts`, up to `size` characters or bytes in all."""
+    return in_blocks(texts, size)[0]
+
+
+def in_blocks(texts: list, size: int) -> list[list]:
+    """`texts` in lists of `size` characters or bytes each, or a little more."""
+    blocks, held = [[]], 0
+    for text in texts:
+        if held >= size:
+            blocks.append([])
+            held = 0
+        blocks[-1].append(text)
+        held += len(text)
+    return blocks
 
 
 def measure(command: list[str], threads: int) -> tuple[str, dict]:
     """Standard output of a command, and {"seconds", "cpu", "memory"} of its process tree: memory is the peak sum of PSS in MB, sampled."""
     threading = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1).lower()}
     environment = {**os.environ, **threading, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed tool is not compiled anew at each start
     cpu_before = _children_cpu()
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=environment)
@@ -178,6 +208,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--text", type=Path, nargs="*", default=[], metavar="FOLDER", help="every file of UTF-8 in these, too")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokenizer-model", default=None)
@@ -187,7 +218,7 @@ def main() -> None:
     model = flags.tokenizer_model or default_model()
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"
-        size = write_corpus(corpus, flags.megabytes * 10**6)
+        size = write_corpus(corpus, flags.megabytes * 10**6, flags.text)
         rows = run_all(corpus, model, flags.workers, flags.repeats)
     packages = ("gigatoken", "tiktoken", "tokenizers", "orjson", "numpy")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)

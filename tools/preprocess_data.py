@@ -9,6 +9,7 @@ Across machines: --num-shards and --shard-id (scripts/preprocess_array.sbatch), 
 """
 
 import argparse
+import os
 import sys
 import time
 
@@ -38,11 +39,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    started = time.monotonic()
     flags = vars(parse_arguments())
     flags.pop("tokenizer_type")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads for products that nothing here computes
     from megatron_llama3.data.preprocess import PreprocessOptions, preprocess
 
-    started = time.monotonic()
     options = PreprocessOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
     summary, outputs = preprocess(options)
     seconds = time.monotonic() - started

@@ -120,15 +120,31 @@ class IndexedDatasetWriter:
         if self._open_length or lengths.sum() != np.size(flat_ids) or (lengths.size and lengths.min() < 0):
             raise ValueError(f"lengths sum to {lengths.sum()}, ids are {np.size(flat_ids)}, an unended document has {self._open_length}")
         if lengths.size and lengths.max() > np.iinfo(np.int32).max:
-            raise UserError(f"{self.prefix}: a document of {lengths.max()} tokens; the format counts to 2,147,483,647: split the document")
+            raise _too_long(self.prefix, lengths.max())
         self._write_tokens(flat_ids)
+        self._add_sequences(lengths, np.arange(1, len(lengths) + 1), origins)
+
+    def add_file(self, path: str | Path, lengths: np.ndarray, origins: np.ndarray) -> None:
+        """Documents whose ids, end to end in this writer's dtype, are the bytes of a file. lengths [n] in tokens, origins int64 [n, 3]."""
+        expected = int(lengths.sum())
+        if lengths.size and lengths.max() > np.iinfo(np.int32).max:
+            raise _too_long(self.prefix, lengths.max())
+        buffer = memoryview(bytearray(_CHUNK))  # small enough to stay in the processor's cache between reading, summing and writing
+        before = self._checksums.bytes
+        with self._clear_errors(), open(path, "rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                self._tokens.write(buffer[:size])
+                self._checksums.update(buffer[:size])
+        if self._checksums.bytes - before != expected * self.dtype.itemsize:
+            raise ValueError(f"{path} holds {self._checksums.bytes - before} bytes, its documents {expected} tokens")
+        self.num_tokens += expected
         self._add_sequences(lengths, np.arange(1, len(lengths) + 1), origins)
 
     def append_tokens(self, ids: np.ndarray) -> None:
         """A part of a document that is too long to hold at once; `end_document` ends it."""
         self._open_length += self._write_tokens(ids)
         if self._open_length > np.iinfo(np.int32).max:
-            raise UserError(f"{self.prefix}: a document of over 2,147,483,647 tokens, beyond what the format counts: split the document")
+            raise _too_long(self.prefix, self._open_length)
 
     def end_document(self, origin: tuple[int, int, int] | None = None) -> None:
         """Ends the document that `append_tokens` has begun."""
@@ -222,6 +238,10 @@ class IndexedDatasetWriter:
             self._named = True
             with contextlib.suppress(OSError):  # a full disk: what is buffered cannot be flushed, and need not be
                 self._files.close()
+
+
+def _too_long(prefix: str, tokens: int) -> UserError:
+    return UserError(f"{prefix}: a document of {tokens} tokens; the format counts to 2,147,483,647: split the document")
 
 
 def _open_locked(path: str) -> BinaryIO:

@@ -76,7 +76,7 @@ def _run_job(options: PreprocessOptions, sources: list[Source], tokenizer: Token
     planned = partial(plan_units, sources, unit_bytes, options.num_shards, options.shard_id)
     units = _spooled(folder, sources) if sources[0].path == "-" else list(planned())
     progress = Progress(sum(unit.size for unit in units) if isinstance(units, list) else None, options.log_interval)
-    bulk = BulkTokenizer(tokenizer, options.parse_special_tokens)
+    bulk = BulkTokenizer(tokenizer, options.parse_special_tokens, options.tokenizer_model)
     pool = WorkerPool(options.workers, partial(ShardMaker, spec, sources, bulk), folder)
     try:
         with Assembler(folder, options.prefix, spec, sources) as assembler, progress:

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from megatron_llama3.data.indexed_dataset import IndexedDatasetWriter
 from megatron_llama3.data.preprocess_inputs import Source, Unit
 from megatron_llama3.data.preprocess_worker import ShardSpec, ShardStats
 from megatron_llama3.tokenizer.vocabulary_files import write_whole
-
-_ASSEMBLY_BYTES = 16 << 20
 
 
 class JobFolder:
@@ -136,7 +133,9 @@ class Assembler:
     def append(self, number: int, unit: Unit) -> None:
         stats = self._folder.stats(number)
         for i, writer in enumerate(self._writers):
-            self._append_key(writer, self._folder.path / f"{number:06d}.{i}")
+            shard = self._folder.path / f"{number:06d}.{i}"
+            docs = np.fromfile(f"{shard}.docs", np.int64).reshape(-1, 4)
+            writer.add_file(f"{shard}.bin", docs[:, 0], docs[:, 1:])
         for source, row, byte, reason in stats.rejected:
             self._reject(source, unit, row, byte, reason)
         for source, lines in stats.lines:
@@ -148,21 +147,6 @@ class Assembler:
         total.characters += stats.characters
         total.longest = max(total.longest, stats.longest)
         total.rejected += len(stats.rejected)
-
-    def _append_key(self, writer: IndexedDatasetWriter, path: Path) -> None:
-        docs = np.fromfile(f"{path}.docs", np.int64).reshape(-1, 4)
-        with open(f"{path}.bin", "rb", buffering=0) as file:
-            for first, last in _runs(docs[:, 0], _ASSEMBLY_BYTES // writer.dtype.itemsize):
-                count = int(docs[first:last, 0].sum())
-                if last - first > 1 or count * writer.dtype.itemsize <= _ASSEMBLY_BYTES:
-                    ids = np.fromfile(file, writer.dtype, count)
-                    writer.add_documents(ids, docs[first:last, 0], docs[first:last, 1:])
-                    continue
-                while count:
-                    ids = np.fromfile(file, writer.dtype, min(count, _ASSEMBLY_BYTES // writer.dtype.itemsize))
-                    writer.append_tokens(ids)
-                    count -= len(ids)
-                writer.end_document(tuple(map(int, docs[first, 1:])))
 
     def _start_in(self, source: int, unit: Unit) -> int:
         return next(piece.start for piece in unit.pieces if piece.source == source)
@@ -186,16 +170,6 @@ class Assembler:
         sources = [{"path": source.path, "unit": "rows" if source.kind == "parquet" else "bytes"} for source in self._sources]
         for writer in self._writers:
             writer.finalize(metadata, sources)
-
-
-def _runs(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive documents of at most `most` tokens together, or one alone that has more."""
-    ends = np.cumsum(lengths)
-    first, before = 0, 0
-    while first < len(lengths):
-        last = max(int(np.searchsorted(ends, before + most, "right")), first + 1)
-        yield first, last
-        first, before = last, int(ends[last - 1])
 
 
 def count_lines(path: str, end: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 
 import orjson
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20  # small enough for a processor's cache
 LONG_LINE_BYTES = 16 << 20
 _MAX_SKELETON_BYTES = 64 << 20
 _MAX_OTHER_STRING = 1 << 20

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from megatron_llama3.tokenizer.bulk_encoder import load_encoder
 from megatron_llama3.tokenizer.llama3 import MAX_ENCODE_CHARS, MAX_RUN_CHARS, Tokenizer, split_for_encoding
-from megatron_llama3.tokenizer.vocabulary_files import huggingface_json
 
 # Letters and digits that Unicode 17 added: gigatoken 0.10 knows them, tiktoken's and transformers' tables do not yet.
 # Found by comparing the two on every code point, which tests/data/test_preprocess_tokenize.py does again.
@@ -17,17 +17,21 @@ _DISPUTED = (
     "\U0002b73a-\U0002b73f\U0002cea2-\U0002cead\U000323b0-\U00033479"
 )
 _disputed = re.compile(f"[{_DISPUTED}]").search
-# Byte strings of which each of these characters has one in UTF-8: finding none is many times faster than that search.
-_DISPUTED_BYTES = (b"\xf0", b"\xea\x9f", b"\xe0\xa2\x8f", b"\xe0\xb1\x9c", b"\xe0\xb3\x9c")
+# Their first bytes in UTF-8: finding none of these is many times faster than that search.
+_DISPUTED_OF_4_BYTES = re.compile(rb"\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]").search
+_DISPUTED_OF_3_BYTES = (b"\xe0\xa2\x8f", b"\xe0\xb1\x9c", b"\xe0\xb3\x9c")
 
 
 class BulkTokenizer:
-    """The fast path of a `Tokenizer`. Loading it takes most of a tool's start; fork workers after that."""
+    """The fast path of a `Tokenizer`. Loading it takes most of a tool's start; fork workers after that.
 
-    def __init__(self, tokenizer: Tokenizer, parse_special: bool = False):
+    path: the file or folder that `tokenizer` came from, by which its encoder is found in the cache.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, parse_special: bool = False, path: str | None = None):
         self.tokenizer = tokenizer
         self._parse_special = parse_special
-        self._encode = _gigatoken(tokenizer).encode
+        self._encode = load_encoder(tokenizer, path).encode
 
     def encode(self, text: str) -> np.ndarray:
         """ids of `text`, uint32 [n], without BOS and EOS."""
@@ -35,24 +39,26 @@ class BulkTokenizer:
             return np.array(self.tokenizer.encode(text, allowed_special="all"), dtype=np.uint32)
         if len(text) <= MAX_RUN_CHARS:
             return self._encode_piece(text)
-        return np.concatenate([self._encode_piece(piece) for piece in split_for_encoding(text)])
+        pieces = [self._encode_piece(piece) for piece in split_for_encoding(text)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _encode_piece(self, piece: str) -> np.ndarray:
+        if piece.isascii():
+            return self._encode(piece)
         utf8 = piece.encode()
-        if not piece.isascii() and _is_disputed(piece, utf8):
+        if _is_disputed(piece, utf8):
             return np.array(self.tokenizer.encode(piece), dtype=np.uint32)
         return self._encode(utf8)
 
 
 def _is_disputed(piece: str, utf8: bytes) -> bool:
-    return any(mark in utf8 for mark in _DISPUTED_BYTES) and _disputed(piece) is not None
-
-
-def _gigatoken(tokenizer: Tokenizer):
-    from gigatoken.gigatoken_rs import load_hf_json
-
-    # Without special tokens: gigatoken would turn their spelling into their ids wherever it meets it.
-    return load_hf_json(huggingface_json(tokenizer.ranks, {}))
+    # Looking for one byte is so fast that it pays to do it before looking for three.
+    possible = (
+        (b"\xf0" in utf8 and _DISPUTED_OF_4_BYTES(utf8))
+        or (b"\xea" in utf8 and b"\xea\x9f" in utf8)
+        or (b"\xe0" in utf8 and any(mark in utf8 for mark in _DISPUTED_OF_3_BYTES))
+    )
+    return bool(possible) and _disputed(piece) is not None
 
 
 class PartEncoder:

@@ -17,6 +17,7 @@ from megatron_llama3.tokenizer.vocabulary_files import (
     huggingface_json,
     read_huggingface,
     read_tiktoken,
+    tokenizer_file,
     write_tiktoken,
     write_whole,
 )
@@ -135,14 +136,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises UserError for a missing or foreign file.
     """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: the folder holds neither tokenizer.model nor tokenizer.json")
-        path = found[0]
-    if not path.is_file():
-        raise UserError(f"{path}: no such tokenizer file")
+    path = tokenizer_file(path)
     if path.suffix != ".json":
         return Tokenizer(read_tiktoken(path))
     ranks, specials = read_huggingface(path)

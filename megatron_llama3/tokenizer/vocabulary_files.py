@@ -33,6 +33,19 @@ def _printable(token: bytes) -> str:
     return token.decode("latin-1").translate(byte_to_unicode())
 
 
+def tokenizer_file(path: str | Path) -> Path:
+    """The file itself, or the one that a folder holds. Raises UserError where there is none."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: the folder holds neither tokenizer.model nor tokenizer.json")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer file")
+    return path
+
+
 def check_ranks(ranks: dict[bytes, int], source: str | Path) -> None:
     """Raises UserError unless ids are 0..n-1 without gaps and all 256 single bytes are present."""
     if sorted(ranks.values()) != list(range(len(ranks))):
@@ -101,8 +114,10 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def huggingface_json(ranks: dict[bytes, int], specials: dict[str, int], bos: str | None = None) -> str:
-    """The tokenizer.json text. With `bos`, encoding there prepends that token, as the published Llama 3 file does."""
+def huggingface_json(
+    ranks: dict[bytes, int], specials: dict[str, int], bos: str | None = None, merges: list[tuple[bytes, bytes]] | None = None
+) -> str:
+    """The tokenizer.json text. With `bos`, encoding there prepends that token, as the published Llama 3 file does. merges: `merges_of`."""
     spelled = {token: _printable(token) for token in ranks}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -127,7 +142,7 @@ def huggingface_json(ranks: dict[bytes, int], specials: dict[str, int], bos: str
                 "byte_fallback": False,
                 "ignore_merges": True,
                 "vocab": {spelled[token]: rank for token, rank in ranks.items()},
-                "merges": [f"{spelled[left]} {spelled[right]}" for left, right in merges_of(ranks)],
+                "merges": [f"{spelled[left]} {spelled[right]}" for left, right in (merges_of(ranks) if merges is None else merges)],
             },
         }
     ).decode()

@@ -86,6 +86,22 @@ def test_killed_in_mid_document_leaves_nothing_under_a_final_name(tmp_path):
     assert all(path.suffix == ".partial" for path in tmp_path.iterdir())
 
 
+def test_a_file_of_ids_is_taken_whole_or_refused(tmp_path):
+    ids, lengths, origins = np.arange(700_000, dtype=np.int32), np.array([699_000, 0, 1000]), np.arange(9).reshape(3, 3)
+    ids.tofile(tmp_path / "ids")
+    for prefix, add in (
+        ("a", lambda writer: writer.add_file(tmp_path / "ids", lengths, origins)),
+        ("b", lambda writer: writer.add_documents(ids, lengths, origins)),
+    ):
+        with IndexedDatasetWriter(tmp_path / prefix, np.int32) as writer:
+            add(writer)
+            writer.finalize()
+    for part in ("bin", "idx", "sources.npy", "json"):
+        assert (tmp_path / f"a.{part}").read_bytes() == (tmp_path / f"b.{part}").read_bytes()
+    with IndexedDatasetWriter(tmp_path / "c", np.int32) as writer, pytest.raises(ValueError, match="its documents"):
+        writer.add_file(tmp_path / "ids", lengths + 1, origins)
+
+
 def test_leaving_without_finalize_leaves_no_file(tmp_path):
     with IndexedDatasetWriter(tmp_path / "a", np.int32) as writer:
         writer.add_document(np.arange(10))
