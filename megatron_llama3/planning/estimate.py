@@ -101,7 +101,8 @@ def _phase(config: RunConfig, phase: Phase) -> list[str]:
         _line(
             f"from {_count(phase.start)}",
             f"{phase.global_batch_size:,} sequences of {phase.seq_length:,} = {phase.tokens_per_step:,} tokens a step; "
-            f"{microbatches:,} micro-batch{'es' * (microbatches != 1)} of {config.training.micro_batch_size} on each of {p.data_parallel_size:,} DP ranks",
+            f"{microbatches:,} micro-batch{'es' * (microbatches != 1)} of {config.training.micro_batch_size} "
+            f"on each of {p.data_parallel_size:,} DP ranks",
         ),
         _line("", f"FLOPs a token: {causal:.4g} with causal attention, {full:.4g} with full; a step: {causal * phase.tokens_per_step:.4g}"),
     ]

@@ -142,7 +142,7 @@ BF16_ROWS: list[Row] = [
         {"pp": 3, "schedule": "zero-bubble", "split": "embedding+loss", "dp": 2},
         {"tp": 3, "sp": True, "pp": 2, "tied": True, "frozen": True},
         {"tp": 2, "sp": True, "cp": 2, "pp": 2, "schedule": "zero-bubble", "v": 2, "micro_batch": 2},
-        {"pp": 2, "dp": 2, "micro_batch": 2},
+        {"pp": 2, "dp": 2, "micro_batch": 3},
     )
 ]
 BF16_ROWS += [{**row, "engine": "deepspeed-zero-1"} for row in BF16_ROWS[:2]] if DEEPSPEED else []
