@@ -185,6 +185,9 @@ def _recompute(config: "RunConfig") -> Iterator[str]:
         yield f"--recompute-method {method} and --recompute-num-layers {layers} need --recompute-granularity full, which is {granularity}"
     if layers is not None and layers > config.model.num_layers:
         yield f"--recompute-num-layers {layers} is above --num-layers {config.model.num_layers}"
+    if granularity == "selective" and parallel.compile_blocks and parallel.tensor_model_parallel_size > 1:
+        size = f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}"
+        yield f"--recompute-granularity selective cannot run with --compile-blocks under {size}: use full, or leave one out"
     if parallel.pipeline_schedule == "zero-bubble":
         if granularity is not None:
             yield f"--pipeline-schedule zero-bubble would recompute twice with --recompute-granularity {granularity}: leave one out"

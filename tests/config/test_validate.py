@@ -85,6 +85,10 @@ REFUSED = [
     ("--min-lr 1.0", ["--min-lr 1.0", "--lr 0.0003"]),
     ("--lr-warmup-iters 10 --train-iters 10", ["--lr-warmup-iters 10", "10"]),
     ("--use-rope-scaling --rope-scaling-high-freq-factor 1", ["1.0"]),
+    (
+        "--world-size 2 --tensor-model-parallel-size 2 --compile-blocks --recompute-granularity selective",
+        ["selective", "--compile-blocks", "--tensor-model-parallel-size 2"],
+    ),
     ("--attention-kernel varlen", ["varlen", "float32", "--bf16"]),
 ]
 

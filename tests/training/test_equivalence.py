@@ -192,7 +192,13 @@ def test_bf16_error_does_not_grow_with_micro_batches(layout):
 
 COMPILED: list[Row] = [
     {**PLAIN, **row, "compile": True}
-    for row in ({"tp": 2, "sp": True, "recompute": "selective"}, {"pp": 2, "v": 2, "recompute": "full-uniform-1"}, {"cp": 2, "dp": 2})
+    for row in (
+        {"tp": 2, "sp": True},
+        {"tp": 2, "sp": True, "recompute": "full-uniform-1"},
+        {"dp": 2, "recompute": "selective"},
+        {"pp": 2, "v": 2, "recompute": "full-uniform-1"},
+        {"cp": 2, "dp": 2},
+    )
 ]
 
 
