@@ -137,13 +137,14 @@ def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: Tra
     if "data" not in saved and not options.finetune:
         raise UserError(f"--load {folder}: holds weights alone, no training run to go on with: add --finetune to start from them")
     with_optimizer = not (options.finetune or options.no_load_optim)
-    _load_tensors(engine, SafeFileSystemReader(folder), folder, saved["iteration"], with_optimizer)
+    state = TrainState.from_saved(saved)
+    _load_tensors(engine, SafeFileSystemReader(folder), folder, state.updates, with_optimizer)
     if options.finetune:
         return TrainState()
     stream.load_state_dict(saved["data"])
     if not options.no_load_rng:
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(saved["rng"])), dtype=torch.uint8))
-    return TrainState(saved["iteration"], saved["consumed_samples"], saved["consumed_tokens"])
+    return state
 
 
 def load_hf_weights(folder: Path, engine: Engine) -> None:
