@@ -70,7 +70,8 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
 
 def _lost_contact(error: Exception) -> None:
     rank, host = os.environ.get("RANK", "0"), socket.gethostname()
-    line = f"rank {rank} on {host} lost contact with another rank in {place_of_error(error)}: {_first_line(error)}"
+    reason = re.sub(r"^\[\S+\] ", "", _first_line(error)).partition(". ")[0]  # without gloo's source line and its advice
+    line = f"rank {rank} on {host} lost contact with another rank in {place_of_error(error)}: {reason}"
     _exit(RESTART_STATUS, [f"error: {line}; start the run again to go on from its last checkpoint"])
 
 

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -97,12 +96,17 @@ class Watchdog:
             self.store.set("verdict", "")
             time.sleep(self.interval)  # in which the others see it
         else:
-            _in_thread(lambda: self.store.wait(["verdict"], timedelta(seconds=12 * self.interval)), 12 * self.interval)
+            _in_thread(self._wait_for_verdict, 12 * self.interval)
         sys.stdout.flush()
         os._exit(RESTART_STATUS)
 
     def _is_first_to_notice(self) -> bool:
         return self.store.add("noticed", 1) == 1
+
+    def _wait_for_verdict(self) -> None:
+        """By asking: who waits in the store keeps the other thread from publishing."""
+        while not self.store.check(["verdict"]):
+            time.sleep(self.interval / 4)
 
     def _report(self, culprits: list[dict]) -> None:
         for culprit in culprits[:NAMED_AT_MOST]:
@@ -118,7 +122,7 @@ class Watchdog:
         now = self._statuses()
         silent = [rank for rank in now if now[rank]["tick"] == before[rank]["tick"]]
         if silent:
-            return [self._culprit(rank, now[rank], "does not answer, last seen") for rank in silent]
+            return [self._culprit(rank, now[rank] | {"iteration": self.iteration}, "does not answer, last seen") for rank in silent]
         least = min(status["beats"] for status in now.values())
         behind = [rank for rank, status in now.items() if status["beats"] == least]
         if len(behind) == self.world_size:  # all in the same step
