@@ -53,7 +53,7 @@ class Place(NamedTuple):
 def place_of_thread(thread: int, on_gpu: bool = False) -> Place:
     """Where a thread of this process is right now; `thread` is its `threading.get_ident()`."""
     frame = sys._current_frames().get(thread)
-    return _place([(f, line) for f, line in traceback.walk_stack(frame)], on_gpu)
+    return _place([] if frame is None else list(traceback.walk_stack(frame)), on_gpu)
 
 
 def place_of_error(error: BaseException) -> Place:
