@@ -170,7 +170,9 @@ def draw(starts: list[Start], metrics: list[dict], kind: str) -> bytes:
             axis.axvline((start.began - starts[0].began) / 3600, color="gray", linewidth=0.5)
         axis.set(ylabel=label)
     validation = [(hours(record), record["validation_loss"]) for record in metrics if "validation_loss" in record]
-    axes[0].plot(*zip(*validation), "o", color="tab:orange", label="validation")
+    if validation:
+        axes[0].plot(*zip(*validation), "o", color="tab:orange", label="validation")
+        axes[0].legend()
     for event in (event for start in starts for event in start.events if event["event"] == "skip"):
         axes[0].axvline(hours(event), color="tab:red", linewidth=0.5)
     axes[-1].set(xlabel="hours since the first start")

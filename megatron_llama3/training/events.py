@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 
 EVENTS_FILE, METRICS_FILE = "events.jsonl", "metrics.jsonl"
@@ -40,17 +41,18 @@ def log_folder(config: RunConfig) -> Path | None:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one line in one write, after ending one that a killed process left unfinished. Numbers that JSON lacks become text."""
-    text = json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    """Adds one line in one write, after ending one that a killed process left unfinished. Numbers that JSON lacks become text.
+
+    Raises UserError where it cannot, such as on a full disk."""
+    line = json.dumps({key: _jsonable(value) for key, value in record.items()}).encode() + b"\n"
     try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            text = "\n" + text
-        os.write(descriptor, text.encode())
-    finally:
-        os.close(descriptor)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            is_torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+            file.write(b"\n" * is_torn + line)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror}") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

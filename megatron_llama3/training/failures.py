@@ -14,7 +14,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.training.events import EventLog
@@ -49,7 +49,8 @@ def noted_failures(events: EventLog, state: TrainState, rank: int) -> Iterator[N
         if rank == 0 or not lost:
             reason = "another rank was lost" if lost else _first_line(error)
             place = place_of_error(error)
-            events.add("failure", rank=rank, host=socket.gethostname(), iteration=state.iteration, phase=place.phase, reason=reason)
+            with suppress(UserError):  # a full disk has no room for this either
+                events.add("failure", rank=rank, host=socket.gethostname(), iteration=state.iteration, phase=place.phase, reason=reason)
         raise
 
 

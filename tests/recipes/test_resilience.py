@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from megatron_llama3.checkpoint.native import open_native_tensors
+from megatron_llama3.checkpoint.start import Start
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
 from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.model.llama import Llama
 from megatron_llama3.planning.local_ranks import start_ranks
-from megatron_llama3.recipes.hooks import _rollback_target
+from megatron_llama3.recipes import hooks
 from megatron_llama3.recipes.pretrain import pretrain
 from megatron_llama3.training import engine
 from megatron_llama3.training.events import read_lines
@@ -72,7 +73,7 @@ def wait_for(condition, seconds: float = 120) -> None:
 
 
 def losses(folder: Path) -> dict[int, float | None]:
-    return {r["iteration"]: r.get("loss") for r in read_lines(folder / "metrics.jsonl")}
+    return {r["iteration"]: r.get("loss") for r in read_lines(folder / "metrics.jsonl") if "lr" in r}
 
 
 def events(folder: Path, kind: str) -> list[dict]:
@@ -147,7 +148,7 @@ def test_a_rank_that_is_stuck_is_named_with_its_phase(data, tmp_path):
     (hang,) = events(tmp_path, "hang")
     assert (hang["rank"], hang["state"], hang["phase"], hang["iteration"]) == (1, "is behind, it is", "reading data", 2)
     assert hang["call"].startswith("stuck (test_resilience.py")
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == 2
+    assert max(losses(tmp_path)) == 2
 
 
 @pytest.mark.slow
@@ -203,7 +204,7 @@ def test_bad_steps_in_a_row_roll_the_run_back_and_a_resumed_run_does_the_same(da
     state = json.loads((whole / "iter_0000010" / "train_state.json").read_text())
     assert (state["iteration"], state["lost_updates"], state["rolled_back_to"]) == (10, 3, [4])
     assert state["data"]["sources"][0]["sequences"] == 40
-    rates = {r["iteration"]: r["lr"] for r in read_lines(whole / "metrics.jsonl")}
+    rates = {r["iteration"]: r["lr"] for r in read_lines(whole / "metrics.jsonl") if "lr" in r}
     assert rates[8] == rates[5] != rates[4]  # the fifth update again
 
     # Ended between the two bad steps, and started anew.
@@ -215,17 +216,19 @@ def test_bad_steps_in_a_row_roll_the_run_back_and_a_resumed_run_does_the_same(da
     assert all(torch.equal(ours[key].rows(0, ours[key].shape[0]), theirs[key].rows(0, theirs[key].shape[0])) for key in ours)
 
 
-def test_each_rollback_in_a_row_goes_one_checkpoint_further_back(tmp_path):
+def test_each_rollback_in_a_row_goes_one_checkpoint_further_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(hooks, "damage", lambda folder: "its weights are missing" if folder.name == "iter_0000003" else None)
     config = RunConfig()
     config.checkpoint.save = str(tmp_path / "run")
-    for iteration, skipped in ((2, 0), (4, 0), (6, 1)):
+    for iteration, skipped in ((2, 0), (3, 0), (4, 0), (6, 1)):
         folder = tmp_path / "run" / f"iter_{iteration:07d}"
         folder.mkdir(parents=True)
         (folder / "train_state.json").write_text(json.dumps({"iteration": iteration, "skipped_in_a_row": skipped, "data": {}}))
     state, found = TrainState(iteration=9), []
-    while (target := _rollback_target(config, state, None)) is not None:
+    while (target := hooks._rollback_target(config, state, None)) is not None:
         found.append(target.name)
         state.rolled_back_to.append(int(target.name[5:]))
     assert found == ["iter_0000004", "iter_0000002"]
-    start = tmp_path / "run" / "iter_0000004"
-    assert _rollback_target(RunConfig(), TrainState(iteration=9), start) == start
+    start = Start(tmp_path / "run" / "iter_0000004", config.checkpoint)
+    assert hooks._rollback_target(RunConfig(), TrainState(iteration=9), start) == start.folder
+    assert hooks._rollback_target(RunConfig(), TrainState(iteration=9), replace(start, is_hf=True)) is None
