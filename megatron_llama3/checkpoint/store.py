@@ -84,7 +84,7 @@ class CheckpointWriter:
         (pending, self.pending), error = (self.pending, None), None
         try:
             pending.result()
-        except Exception as failure:
+        except (Exception, dcp.CheckpointException) as failure:  # torch's own is a BaseException
             error = failure
         failed = torch.tensor(int(error is not None))
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=self.group)
@@ -206,4 +206,8 @@ def _publish(partial: Path) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if "unexpected pos" in str(error):  # torch's zip writer where a write failed, whose own error it hides
+        return "a file could not be written to its end: no space left, or a limit on the size of files"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

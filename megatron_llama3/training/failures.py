@@ -62,14 +62,16 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
         if has_lost_contact(error):
             _lost_contact(error)
         _exit(2, [f"error: {line}" for line in str(error).splitlines()])
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # some of torch's are no Exception
         if has_lost_contact(error):
             _lost_contact(error)
         _exit(1, traceback.format_exc().splitlines())
     raise SystemExit(status or 0)
 
 
-def _lost_contact(error: Exception) -> None:
+def _lost_contact(error: BaseException) -> None:
     rank, host = os.environ.get("RANK", "0"), socket.gethostname()
     reason = re.sub(r"^\[\S+\] ", "", _first_line(error)).partition(". ")[0]  # without gloo's source line and its advice
     line = f"rank {rank} on {host} lost contact with another rank in {place_of_error(error)}: {reason}"
