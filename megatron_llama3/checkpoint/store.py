@@ -84,7 +84,7 @@ class CheckpointWriter:
         (pending, self.pending), error = (self.pending, None), None
         try:
             pending.result()
-        except Exception as failure:
+        except (Exception, dcp.CheckpointException) as failure:  # torch's own is a BaseException
             error = failure
         failed = torch.tensor(int(error is not None))
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=self.group)
@@ -137,13 +137,14 @@ def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: Tra
     if "data" not in saved and not options.finetune:
         raise UserError(f"--load {folder}: holds weights alone, no training run to go on with: add --finetune to start from them")
     with_optimizer = not (options.finetune or options.no_load_optim)
-    _load_tensors(engine, SafeFileSystemReader(folder), folder, saved["iteration"], with_optimizer)
+    state = TrainState.from_saved(saved)
+    _load_tensors(engine, SafeFileSystemReader(folder), folder, state.updates, with_optimizer)
     if options.finetune:
         return TrainState()
     stream.load_state_dict(saved["data"])
     if not options.no_load_rng:
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(saved["rng"])), dtype=torch.uint8))
-    return TrainState(saved["iteration"], saved["consumed_samples"], saved["consumed_tokens"])
+    return state
 
 
 def load_hf_weights(folder: Path, engine: Engine) -> None:
@@ -205,4 +206,8 @@ def _publish(partial: Path) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if "unexpected pos" in str(error):  # torch's zip writer where a write failed, whose own error it hides
+        return "a file could not be written to its end: no space left, or a limit on the size of files"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -63,8 +63,14 @@ class TrainingConfig:
     loss_chunk_size: int = option(1024, "Tokens whose logits are held at a time.")
     exit_interval: int | None = option(None, "Save and exit when the step is divisible by this.")
     exit_duration_in_mins: int | None = option(None, "Save and exit after this many minutes.")
-    exit_signal_handler: bool = option(False, "Save and exit on SIGTERM.")
+    exit_signal_handler: bool = option(False, "On SIGTERM or SIGUSR1 save and exit, with status 75 if steps are left to do.")
     distributed_timeout_minutes: int = option(10, "How long a collective may hang before the run stops.")
+    hang_timeout_seconds: float = option(
+        300.0, "Seconds without a step after which the rank that is behind is named and the run ends; 0: never.", zero_ok=True
+    )
+    check_for_spiky_loss: bool = option(False, "Skip steps whose loss is far above the recent ones, as those that are not finite.")
+    spiky_loss_factor: float = option(2.0, "With --check-for-spiky-loss: how many times the median of recent losses is a spike.")
+    max_skips_in_a_row: int = option(5, "Steps skipped in a row before the run goes back to its last checkpoint and on with new data.")
 
 
 @dataclass(kw_only=True)
@@ -95,7 +101,10 @@ class CheckpointConfig:
 @dataclass(kw_only=True)
 class LoggingConfig:
     log_interval: int = option(1, "Steps between log lines.")
-    log_dir: str | None = option(None, "Folder of the JSONL log; default the save folder.")
+    log_dir: str | None = option(None, "Folder of metrics.jsonl and events.jsonl; default the save folder.")
+    log_straggler: bool = option(False, "Measure each rank's own work and name ranks that are slow.")
+    straggler_interval: int = option(50, "With --log-straggler: steps between comparisons of all ranks.")
+    straggler_factor: float = option(1.3, "With --log-straggler: how many times the median of all ranks is slow.")
     wandb_project: str | None = option(None, "Weights & Biases project; unset, W&B is not used.")
     wandb_exp_name: str | None = option(None, "Weights & Biases run name.")
     wandb_save_dir: str | None = option(None, "Folder of W&B's local files.")

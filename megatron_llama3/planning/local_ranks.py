@@ -4,12 +4,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,6 +48,31 @@ def run_ranks(world_size: int, function: Callable, *args, timeout: float | None 
                 if process.is_alive():
                     os.kill(process.pid, signal.SIGKILL)
                     process.join()
+
+
+def start_ranks(world_size: int, main: Callable[[], None], log: Path) -> list[multiprocessing.Process]:
+    """`main()` on ranks as a launcher starts them: they meet over TCP, their output is added to `log`, and each ends with its own exit
+    status. The caller joins them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        here = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes.append(FORK.Process(target=_launched_main, args=(here | place, main, log), daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def _launched_main(environment: dict[str, str], main: Callable[[], None], log: Path) -> None:
+    os.environ |= environment
+    torch.set_num_threads(1)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(output, number)
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
+    main()
 
 
 def _collect(pipes: list, deadline: float) -> list:

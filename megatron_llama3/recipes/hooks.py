@@ -1,18 +1,139 @@
-"""What happens between steps, as hooks for `training.loop.train`: evaluation and saving."""
+"""What happens between steps, as hooks for `training.loop.train`: noting what went wrong, rolling back, saving, evaluation."""
 
+import re
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
-from megatron_llama3.checkpoint.store import CheckpointWriter
+import torch.distributed as dist
+
+from megatron_llama3.checkpoint.folder import STATE_FILE, read_train_state
+from megatron_llama3.checkpoint.manifest import damage
+from megatron_llama3.checkpoint.start import Start
+from megatron_llama3.checkpoint.store import CheckpointWriter, load_checkpoint
+from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.training.engine import Engine
+from megatron_llama3.training.events import EventLog
 from megatron_llama3.training.loop import Hook
 from megatron_llama3.training.metrics import MetricsLogger
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult
+from megatron_llama3.training.watchdog import Watchdog
 
 
-def evaluation(engine: Engine, stream: TrainingStream, config: RunConfig, logger: MetricsLogger | None) -> Hook:
+class Observers:
+    """Who hears of what hooks do. Events and metrics are rank 0's to write; the watchdog of each rank sees that it goes on."""
+
+    def __init__(self, watchdog: Watchdog, events: EventLog | None, logger: MetricsLogger | None):
+        self.watchdog, self.events, self.logger = watchdog, events, logger
+
+    def note(self, event: str, state: TrainState, **fields) -> None:
+        if self.events is not None:
+            self.events.add(event, iteration=state.iteration, **fields, useful_seconds=state.useful_seconds)
+
+    def paused(self, seconds: float) -> None:
+        """The run did something else than training for so long, and has come further."""
+        self.watchdog.beat()
+        if self.logger is not None:
+            self.logger.paused(seconds)
+
+
+def noting_steps(observers: Observers, stream: TrainingStream) -> Hook:
+    """Tells the watchdog of each step, and keeps an event of each that was skipped, with the place in the data where it ended."""
+
+    def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
+        observers.watchdog.beat(state.iteration)
+        if result.skipped is not None:
+            ends_at = [{key: row[key] for key in ("prefix", "epoch", "token_offset")} for row in stream.state_dict()["sources"]]
+            found = {"reason": result.skipped, "loss": result.loss, "gradient_norm": result.gradient_norm}
+            observers.note("skip", state, **found, in_a_row=state.skipped_in_a_row, data_ends_at=ends_at)
+
+    return hook
+
+
+def rolling_back(
+    engine: Engine,
+    stream: TrainingStream,
+    config: RunConfig,
+    observers: Observers,
+    writer: CheckpointWriter | None,
+    start: Start | None,
+) -> Hook:
+    """After --max-skips-in-a-row: weights, moments and schedule of the last checkpoint that no bad step preceded; the data moves on, so
+    that what was read since is not read again. A checkpoint that did not help is not tried twice: the next time the run goes one further
+    back, and when there is none left it ends."""
+
+    def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
+        if state.skipped_in_a_row < config.training.max_skips_in_a_row:
+            return
+        if writer is not None:
+            writer.wait()
+        target = _agree(engine, lambda: _rollback_target(config, state, start))
+        if target is None:
+            skipped = f"{state.skipped_in_a_row} steps were skipped in a row, the last because {result.skipped}"
+            advice = "no checkpoint is left to go back to: start from an earlier one by --load, perhaps with a lower --lr"
+            raise UserError(f"iteration {state.iteration}: {skipped}; {advice}")
+        before, position = state.updates, stream.state_dict()
+        plain = replace(config.checkpoint, finetune=False, no_load_optim=False, no_load_rng=False)
+        restored = load_checkpoint(target, replace(config, checkpoint=plain), engine, stream)
+        stream.load_state_dict(position)
+        state.lost_updates, state.skipped_in_a_row = state.iteration - restored.updates, 0
+        state.recent_losses, state.useful_seconds = restored.recent_losses, restored.useful_seconds
+        state.rolled_back_to.append(restored.iteration)
+        observers.note("rollback", state, to=restored.iteration, lost_updates=before - restored.updates)
+        if observers.logger is not None:
+            observers.logger.say(f"iteration {state.iteration} | weights rolled back to {target}; the data goes on from here")
+
+    return hook
+
+
+def _rollback_target(config: RunConfig, state: TrainState, start: Start | None) -> Path | None:
+    """The newest whole checkpoint to go back to, of --save and the one that the run started from; None if there is none left."""
+    save = config.checkpoint.save
+    folders = [path.parent for path in Path(save).glob(f"iter_*/{STATE_FILE}")] if save is not None else []
+    if start is not None and not start.is_hf and not start.options.finetune:
+        folders.append(start.folder)
+    states = {folder: read_train_state(folder) for folder in folders if re.fullmatch(r"iter_\d+", folder.name)}
+    sound = [
+        folder
+        for folder, saved in states.items()
+        if "data" in saved and not saved.get("skipped_in_a_row") and saved["iteration"] < state.iteration
+        if saved["iteration"] not in state.rolled_back_to
+    ]
+    newest_first = sorted(sound, key=lambda folder: states[folder]["iteration"], reverse=True)
+    return next((folder for folder in newest_first if damage(folder) is None), None)
+
+
+def _agree(engine: Engine, answer: Callable):
+    """Rank 0's answer, on every rank: a shared folder need not look the same everywhere at once."""
+    answers = [answer() if engine.groups.rank == 0 else None]
+    dist.broadcast_object_list(answers, src=0, group=engine.groups.control)
+    return answers[0]
+
+
+def saving(writer: CheckpointWriter, stream: TrainingStream, config: RunConfig, observers: Observers) -> Hook:
+    """Every --save-interval steps and after the last; the run does not end before the last checkpoint is on disk."""
+
+    def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
+        interval = config.checkpoint.save_interval
+        if is_last or (interval and state.iteration % interval == 0):
+            started = time.monotonic()
+            writer.save(state, stream)
+            if is_last:
+                writer.wait()
+            stalled = time.monotonic() - started
+            observers.paused(stalled)
+            observers.note("save", state, stall_seconds=stalled)
+            if observers.logger is not None:
+                observers.logger.saved(state, writer.last_stall_seconds)
+
+    return hook
+
+
+def evaluation(engine: Engine, stream: TrainingStream, config: RunConfig, observers: Observers) -> Hook:
     """Every --eval-interval steps and at --train-iters: the mean loss over the same --eval-iters global batches of the validation split,
     of the ramps' last size and length. A run that is told to stop early does not wait for it."""
 
@@ -20,14 +141,17 @@ def evaluation(engine: Engine, stream: TrainingStream, config: RunConfig, logger
         is_due = state.iteration % config.training.eval_interval == 0 and not is_last
         if is_due or state.iteration >= config.training.train_iters:
             started = time.monotonic()
-            loss = evaluate(engine, stream, config)
-            if logger is not None:
-                logger.evaluated(state, loss, time.monotonic() - started)
+            loss = evaluate(engine, stream, config, observers.watchdog.beat)
+            seconds = time.monotonic() - started
+            observers.paused(seconds)
+            observers.note("evaluate", state, seconds=seconds)
+            if observers.logger is not None:
+                observers.logger.evaluated(state, loss)
 
     return hook
 
 
-def evaluate(engine: Engine, stream: TrainingStream, config: RunConfig) -> float:
+def evaluate(engine: Engine, stream: TrainingStream, config: RunConfig, after_batch: Callable[[], None] = lambda: None) -> float:
     """The mean loss over the first --eval-iters global batches of `stream`. Collective."""
     stream.rewind()
     total, count = 0.0, 0
@@ -36,19 +160,5 @@ def evaluate(engine: Engine, stream: TrainingStream, config: RunConfig) -> float
         batch = stream.next_batch(t.global_batch_size, config.data.seq_length, t.micro_batch_size, at.dp, sizes.dp)
         nll, tokens = engine.evaluate(batch)
         total, count = total + nll, count + tokens
+        after_batch()
     return total / max(1, count)
-
-
-def saving(writer: CheckpointWriter, stream: TrainingStream, config: RunConfig, logger: MetricsLogger | None) -> Hook:
-    """Every --save-interval steps and after the last; the run does not end before the last checkpoint is on disk."""
-
-    def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
-        interval = config.checkpoint.save_interval
-        if is_last or (interval and state.iteration % interval == 0):
-            writer.save(state, stream)
-            if logger is not None:
-                logger.saved(state, writer.last_stall_seconds)
-        if is_last:
-            writer.wait()
-
-    return hook

@@ -7,14 +7,20 @@ Every flag is a field of megatron_llama3/config/; `--help` lists them. A config 
 """
 
 import sys
+import time
 
 from megatron_llama3.config.command_line import parse_run_config
-from megatron_llama3.config.errors import exit_on_user_error
 from megatron_llama3.config.run import RunConfig
+from megatron_llama3.training.failures import run_and_exit
+from megatron_llama3.training.stop import StopReasons
 
 
-def pretrain(config: RunConfig) -> None:
+def pretrain(config: RunConfig) -> int:
+    """Returns the exit status, see training/failures.py."""
+    since, stop = time.time(), StopReasons(config)
     # Imported here, so that refusals and dry runs take no seconds of torch.
+    import torch.distributed as dist
+
     from megatron_llama3.checkpoint.start import find_start, load_start
     from megatron_llama3.checkpoint.store import CheckpointWriter
     from megatron_llama3.data.loader import build_train_and_valid_streams
@@ -22,10 +28,14 @@ def pretrain(config: RunConfig) -> None:
     from megatron_llama3.model.llama import fused_norm
     from megatron_llama3.parallel.groups import destroy_groups, initialize_groups
     from megatron_llama3.planning.estimate import describe
-    from megatron_llama3.recipes.hooks import evaluation, saving
+    from megatron_llama3.recipes.hooks import Observers, evaluation, noting_steps, rolling_back, saving
     from megatron_llama3.training.build import build_engine
+    from megatron_llama3.training.events import EventLog
+    from megatron_llama3.training.failures import noted_failures
     from megatron_llama3.training.loop import train
     from megatron_llama3.training.metrics import MetricsLogger
+    from megatron_llama3.training.straggler import StragglerReport
+    from megatron_llama3.training.watchdog import Watchdog
 
     train_stream, valid_stream = build_train_and_valid_streams(config)
 
@@ -44,26 +54,39 @@ def pretrain(config: RunConfig) -> None:
 
     # Hooks run after every step, in this order.
     logger = MetricsLogger(config, state) if is_rank_0 else None
-    hooks = [logger] if is_rank_0 else []
-    if config.checkpoint.save is not None:
-        hooks.append(saving(CheckpointWriter(config, engine, start and start.folder), train_stream, config, logger))
-    if valid_stream is not None:
-        hooks.append(evaluation(engine, valid_stream, config, logger))
-    reason = train(engine, train_stream, state, config, hooks)
+    events = EventLog(config)
+    watchdog = Watchdog(config.training, groups, events)
+    observers = Observers(watchdog, events if is_rank_0 else None, logger)
+    writer = CheckpointWriter(config, engine, start and start.folder) if config.checkpoint.save is not None else None
+    hooks = [noting_steps(observers, train_stream)]
+    hooks += [logger] if is_rank_0 else []
+    hooks += [StragglerReport(config.logging, groups, events)] if config.logging.log_straggler else []
+    hooks += [rolling_back(engine, train_stream, config, observers, writer, start)]
+    hooks += [saving(writer, train_stream, config, observers)] if writer is not None else []
+    hooks += [evaluation(engine, valid_stream, config, observers)] if valid_stream is not None else []
+
+    observers.note("start", state, since=since, loaded=start and str(start.folder), world_size=config.parallel.world_size)
+    with noted_failures(events, state, groups.rank):
+        reason = train(engine, train_stream, state, config, hooks, stop)
+    observers.note("stop", state, reason=reason, is_finished=state.iteration >= config.training.train_iters)
     if is_rank_0:
         logger.close()
         print(f"stopped at iteration {state.iteration}: {reason}", flush=True)
+    watchdog.stop()
+    dist.barrier(groups.control)  # the launcher ends every rank when the first one leaves with a status other than 0
     destroy_groups()
+    return stop.exit_status(state)
 
 
-def main() -> None:
+def main() -> int:
     config = parse_run_config(sys.argv[1:])
     if not config.dry_run:
         return pretrain(config)
     from megatron_llama3.planning.estimate import describe
 
     print(describe(config))
+    return 0
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_and_exit(main)

@@ -114,6 +114,15 @@ class DeepSpeedEngine(Engine):
             group["lr"] = lr
         self.deepspeed.step()
 
+    def skip_step(self) -> None:
+        """DeepSpeed's own step without Adam's: each stage then drops its gradients wherever it keeps them."""
+        adam = self.deepspeed.optimizer.optimizer
+        adam.step = lambda *args, **kwargs: None
+        try:
+            self.deepspeed.step()
+        finally:
+            del adam.step
+
     # --- checkpoint ---
 
     def state_tensors(self, with_optimizer: bool = True) -> dict[str, Tensor]:

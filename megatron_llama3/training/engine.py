@@ -1,6 +1,6 @@
 """The verbs of a data-parallel engine, and what all engines share: this rank's chunks of the model and the pipeline around them.
 
-`training/step.py` knows an engine only by `forward_backward`, `clip_gradients` and `optimizer_step`.
+`training/step.py` knows an engine only by `forward_backward`, `clip_gradients`, and `optimizer_step` or `skip_step`.
 """
 
 from abc import ABC, abstractmethod
@@ -79,6 +79,10 @@ class Engine(ABC):
     @abstractmethod
     def optimizer_step(self, lr: float) -> None:
         """Updates the weights and drops the gradients."""
+
+    @abstractmethod
+    def skip_step(self) -> None:
+        """Drops the gradients and leaves weights and moments as they are."""
 
     @abstractmethod
     def state_tensors(self, with_optimizer: bool = True) -> dict[str, Tensor]:

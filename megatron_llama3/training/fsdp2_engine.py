@@ -93,6 +93,9 @@ class Fsdp2Engine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.skip_step()
+
+    def skip_step(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.grad = self.locals[name].grad = None
 

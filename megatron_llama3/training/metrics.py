@@ -1,18 +1,17 @@
 """What a person watching a run sees: a progress bar on a terminal or plain lines in a log file, and the same numbers as JSON lines and in
 Weights & Biases (offline unless told otherwise). Rank 0 writes."""
 
-import json
 import resource
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from megatron_llama3.config.model import flops_per_token
 from megatron_llama3.config.run import RunConfig
+from megatron_llama3.training.events import METRICS_FILE, append_line, log_folder
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult
 
@@ -26,11 +25,8 @@ class MetricsLogger:
     def __init__(self, config: RunConfig, state: TrainState):
         self.config = config
         self.peak_tflops = _peak_tflops()
-        folder = config.logging.log_dir or config.checkpoint.save
-        self.jsonl = None
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.jsonl = open(Path(folder) / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  open as long as the run
+        folder = log_folder(config)
+        self.path = folder / METRICS_FILE if folder is not None else None
         self.wandb = _start_wandb(config)
         self.bar = None
         if sys.stdout.isatty():
@@ -40,21 +36,27 @@ class MetricsLogger:
     def __call__(self, state: TrainState, result: StepResult, is_last: bool) -> None:
         self.tokens += result.global_batch_size * result.seq_length
         self.steps += 1
-        self.losses.append(result.loss)
+        if result.skipped is None:
+            self.losses.append(result.loss)
+        else:
+            self.say(f"iteration {state.iteration} | step skipped, {state.skipped_in_a_row} in a row: {result.skipped}")
         if state.iteration % self.config.logging.log_interval == 0 or is_last:
             self._write(state, result)
         elif self.bar is not None:
             self.bar.update()
 
-    def evaluated(self, state: TrainState, loss: float, seconds: float) -> None:
-        """Notes the loss on the validation split. The seconds it took do not count as training time."""
-        self._say(f"iteration {state.iteration} | validation loss {loss:.4f}")
+    def evaluated(self, state: TrainState, loss: float) -> None:
+        """Notes the loss on the validation split."""
+        self.say(f"iteration {state.iteration} | validation loss {loss:.4f}")
         self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens, "validation_loss": loss})
+
+    def paused(self, seconds: float) -> None:
+        """Between the last step and the next something else was done, which is no training time."""
         self.since += seconds
 
     def saved(self, state: TrainState, stall_seconds: float) -> None:
         """Notes a checkpoint, and for how long training stood still for it (the rest is written in the background)."""
-        self._say(f"iteration {state.iteration} | saving a checkpoint, training stood still for {stall_seconds:.2f} s")
+        self.say(f"iteration {state.iteration} | saving a checkpoint, training stood still for {stall_seconds:.2f} s")
         self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens, "save_stall_seconds": stall_seconds})
 
     def close(self) -> None:
@@ -70,15 +72,20 @@ class MetricsLogger:
         record = {
             "iteration": state.iteration,
             "consumed_tokens": state.consumed_tokens,
-            "loss": sum(self.losses) / len(self.losses),
-            "gradient_norm": result.gradient_norm,
             "lr": result.lr,
             "global_batch_size": result.global_batch_size,
             "seq_length": result.seq_length,
             "seconds_per_step": seconds / self.steps,
             "tokens_per_second": tokens_per_second,
             "memory_bytes": _memory_bytes(),
+            "useful_seconds": state.useful_seconds,
         }
+        if self.losses:
+            record["loss"] = sum(self.losses) / len(self.losses)
+        if result.skipped is None:
+            record["gradient_norm"] = result.gradient_norm
+        if len(self.losses) < self.steps:
+            record["skipped_steps"] = self.steps - len(self.losses)
         for kind in ("full", "causal"):
             flops = flops_per_token(self.config.model, result.seq_length, causal=kind == "causal")
             record[f"tflops_per_rank_{kind}_attention"] = tokens_per_second * flops / ranks / 1e12
@@ -92,8 +99,8 @@ class MetricsLogger:
     def _show(self, record: dict, seconds_left: float) -> None:
         memory = record["memory_bytes"] / 2**30
         parts = [
-            f"loss {record['loss']:.4f}",
-            f"grad norm {record['gradient_norm']:.3f}",
+            f"loss {record['loss']:.4f}" if "loss" in record else "no loss",
+            f"grad norm {record['gradient_norm']:.3f}" if "gradient_norm" in record else "no grad norm",
             f"lr {record['lr']:.3e}",
             f"{record['tokens_per_second']:,.0f} tokens/s",
             _both_kinds(record, "tflops_per_rank", "{:.3g}") + " TFLOP/s a rank",
@@ -108,15 +115,16 @@ class MetricsLogger:
         parts = [f"iteration {record['iteration']}/{total}", f"{record['consumed_tokens']:,} tokens", *parts]
         print(" | ".join([*parts, f"{memory:.2f} GiB", f"{_clock(seconds_left)} left"]), flush=True)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """One line, above the progress bar if there is one."""
         if self.bar is not None:
             self.bar.write(line)
         else:
             print(line, flush=True)
 
     def _record(self, record: dict) -> None:
-        if self.jsonl is not None:
-            self.jsonl.write(json.dumps(record | {"time": time.time()}) + "\n")
+        if self.path is not None:
+            append_line(self.path, record | {"time": time.time()})
         if self.wandb is not None:
             self.wandb.log(record, step=record["iteration"])
 
@@ -147,7 +155,7 @@ def _start_wandb(config: RunConfig):
         return None
     import wandb
 
-    folder = log.wandb_save_dir or log.log_dir or config.checkpoint.save or "."
+    folder = log.wandb_save_dir or log_folder(config) or "."
     return wandb.init(project=log.wandb_project, name=log.wandb_exp_name, dir=folder, mode=log.wandb_mode, config=asdict(config))
 
 

@@ -1,12 +1,11 @@
 """The optimizer step, whole: what a run repeats until it ends."""
 
-import math
 from typing import NamedTuple
 
-from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.schedules import phase_at
 from megatron_llama3.data.loader import TrainingStream
+from megatron_llama3.training.bad_steps import note_step, reason_to_skip
 from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.learning_rate import learning_rate
 from megatron_llama3.training.state import TrainState
@@ -20,6 +19,8 @@ class StepResult(NamedTuple):
     lr: float
     global_batch_size: int
     seq_length: int
+    skipped: str | None = None
+    """why the weights were left as they were, if they were"""
 
 
 def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config: RunConfig) -> StepResult:
@@ -29,15 +30,17 @@ def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config
     at, sizes = engine.groups.at, engine.groups.topology
     batch = stream.next_batch(global_batch_size, seq_length, config.training.micro_batch_size, at.dp, sizes.dp)
 
-    lr = learning_rate(config.optimizer, state.iteration + 1, config.training.train_iters)
+    lr = learning_rate(config.optimizer, state.updates + 1, config.training.train_iters)
     loss = engine.forward_backward(batch)
     norm = engine.clip_gradients(config.optimizer.clip_grad)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        step = state.iteration + 1
-        raise UserError(f"iteration {step}: loss {loss}, gradient norm {norm}: resume from the last checkpoint, perhaps with a lower --lr")
-    engine.optimizer_step(lr)
+    # A bad step changes no weight, no moment and no schedule; the data moves on.
+    skipped = reason_to_skip(loss, norm, state, config.training)
+    if skipped is None:
+        engine.optimizer_step(lr)
+    else:
+        engine.skip_step()
 
-    state.iteration += 1
+    note_step(state, loss, skipped is not None, config.training)
     state.consumed_samples += global_batch_size
     state.consumed_tokens += global_batch_size * seq_length
-    return StepResult(loss, norm, lr, global_batch_size, seq_length)
+    return StepResult(loss, norm, lr, global_batch_size, seq_length, skipped)

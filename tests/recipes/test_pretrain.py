@@ -16,7 +16,7 @@ from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
 from megatron_llama3.planning.local_ranks import RankFailedError, run_ranks
 from megatron_llama3.recipes.pretrain import pretrain
-from megatron_llama3.training import loop
+from megatron_llama3.training import loop, stop
 
 VOCABULARY = 101
 MODEL = (
@@ -125,7 +125,7 @@ def test_exit_duration(data, tmp_path):
         class Clock:
             monotonic = staticmethod(lambda: next(clock))
 
-        loop.time = Clock
+        stop.time = Clock
 
     run(f"{MODEL} --data-path {data} --train-iters 8 --exit-duration-in-mins 1 --save {tmp_path}", before=make_minutes_fly)
     assert latest(tmp_path) == "2"
@@ -170,7 +170,7 @@ def test_another_tokenizer_is_refused(data, tmp_path):
 
 
 def test_non_finite_loss_is_an_error(data, tmp_path):
-    with pytest.raises(RankFailedError, match=r"UserError: iteration 2: loss .*gradient norm nan"):
+    with pytest.raises(RankFailedError, match=r"UserError: iteration 6: 5 steps were skipped in a row.*no checkpoint"):
         run(f"{MODEL} --data-path {data} --train-iters 8 --lr 1e30 --clip-grad 0")
 
 

@@ -1,0 +1,74 @@
+"""What happened to a run, over all its starts: `events.jsonl` beside `metrics.jsonl`, one JSON object a line.
+
+    start     iteration, loaded, world_size, since (when the process began)     save       iteration, stall_seconds
+    skip      iteration, reason, loss, gradient_norm, data                      evaluate   iteration, seconds
+    rollback  iteration, to, lost_updates                                       straggler  iteration, rank, host, factor
+    hang      rank, host, iteration, phase, call                                failure    rank, host, iteration, reason
+    stop      iteration, reason, is_finished
+
+Every event has `event`, `time` (seconds since 1970) and, from training, `useful_seconds` (see TrainState). tools/report_run.py reads them.
+A killed process may leave half a line: whoever appends next ends it, and readers pass over it.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.run import RunConfig
+
+EVENTS_FILE, METRICS_FILE = "events.jsonl", "metrics.jsonl"
+
+
+class EventLog:
+    """Any rank may append: a line is one write. Without --log-dir and --save nothing is kept."""
+
+    def __init__(self, config: RunConfig):
+        folder = log_folder(config)
+        self.path = folder / EVENTS_FILE if folder is not None else None
+
+    def add(self, event: str, **fields: Any) -> None:
+        if self.path is not None:
+            append_line(self.path, {"event": event, "time": time.time()} | fields)
+
+
+def log_folder(config: RunConfig) -> Path | None:
+    folder = config.logging.log_dir or config.checkpoint.save
+    return None if folder is None else Path(folder)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds one line in one write, after ending one that a killed process left unfinished. Numbers that JSON lacks become text.
+
+    Raises UserError where it cannot, such as on a full disk."""
+    line = json.dumps({key: _jsonable(value) for key, value in record.items()}).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            is_torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+            file.write(b"\n" * is_torn + line)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror}") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line, in order; none where there is no file."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # half a line, left by a killed process
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _jsonable(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

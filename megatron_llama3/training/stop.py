@@ -1,0 +1,57 @@
+"""Why a run ends between two steps, agreed on by all ranks, and the exit status that follows. Imports torch only when asked to agree."""
+
+import signal
+import time
+
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.training.state import TrainState
+
+RESTART_STATUS = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong with the run, and started again it goes on. scripts/pretrain.sbatch requeues itself on it."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopReasons:
+    """--train-iters, --exit-interval, --exit-duration-in-mins (counted from here) and --exit-signal-handler (SIGTERM, SIGUSR1).
+
+    Made as the first thing of a run, so that a signal during its start is kept until the first step is done and saved.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.training = config.training
+        self.started = time.monotonic()
+        self.signalled = 0
+        if self.training.exit_signal_handler:
+            for number in SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    def after(self, state: TrainState, control) -> str | None:
+        """The reason to stop after this step, the same on every rank of the `control` process group (collective)."""
+        t = self.training
+        if state.iteration >= t.train_iters:
+            return "--train-iters is reached"
+        if t.exit_interval and state.iteration % t.exit_interval == 0:
+            return "--exit-interval is reached"
+        if t.exit_duration_in_mins and _largest(time.monotonic() - self.started > 60 * t.exit_duration_in_mins, control):
+            return "--exit-duration-in-mins is over"
+        if t.exit_signal_handler:
+            self.signalled = _largest(self.signalled, control)
+            return f"{signal.Signals(self.signalled).name} was received" if self.signalled else None
+        return None
+
+    def exit_status(self, state: TrainState) -> int:
+        """RESTART_STATUS where a signal cut the run short; 0 where it is done, or was told beforehand to end here."""
+        return RESTART_STATUS if self.signalled and state.iteration < self.training.train_iters else 0
+
+    def _on_signal(self, number: int, _frame) -> None:
+        self.signalled = number
+
+
+def _largest(here: int, control) -> int:
+    import torch
+    import torch.distributed as dist
+
+    value = torch.tensor(int(here))
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=control)
+    return int(value)

@@ -1,0 +1,170 @@
+"""Notices that a run hangs, names the rank that the others wait for, and ends the job.
+
+Every rank has two threads. One publishes in the job's key-value store, every few seconds, that the process lives and where its training
+thread stands. The other sees when its own rank has made no step for --hang-timeout-seconds; since every step has collectives of all ranks,
+all ranks see it at about the same time. The first of them reads what the others published, and names
+
+1. the ranks that no longer publish: stopped, swapped out, or on a dead host; else
+2. those that are steps behind, or that do not wait in a collective while the others do.
+
+Then every rank ends with RESTART_STATUS; a rank that cannot is left to the launcher, which kills it.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from megatron_llama3.config.run import TrainingConfig
+from megatron_llama3.parallel.groups import ParallelGroups
+from megatron_llama3.training.events import EventLog
+from megatron_llama3.training.stop import RESTART_STATUS
+from megatron_llama3.training.whereabouts import PATIENT, place_of_thread
+
+NAMED_AT_MOST = 8
+
+
+class Watchdog:
+    """Made by the training thread of every rank (collective), which calls it after each step and each batch of an evaluation."""
+
+    def __init__(self, config: TrainingConfig, groups: ParallelGroups, events: EventLog):
+        self.timeout, self.events = config.hang_timeout_seconds, events
+        self.patience = max(self.timeout, 60.0 * config.distributed_timeout_minutes)
+        self.rank, self.world_size, self.on_gpu = groups.rank, dist.get_world_size(), groups.device.type == "cuda"
+        self.interval = min(10.0, self.timeout / 5)
+        self.thread = threading.get_ident()
+        self.beats, self.iteration, self.last_beat = 0, 0, time.monotonic()
+        self.stopped = threading.Event()
+        if not self.timeout or dist.get_backend() == "fake":
+            return
+        # A connection of its own: the default store's may be held by whoever waits for a key.
+        self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
+        self.hosts = _gather_hosts(groups)
+        self._publish(0)
+        dist.barrier(groups.control)
+        for loop in (self._publish_loop, self._watch_loop):
+            threading.Thread(target=loop, name="watchdog", daemon=True).start()
+
+    def beat(self, iteration: int | None = None) -> None:
+        """The training thread has come further."""
+        self.beats += 1
+        self.iteration = self.iteration if iteration is None else iteration
+        self.last_beat = time.monotonic()
+
+    def stop(self) -> None:
+        """Before ranks leave the job, each in its own time."""
+        self.stopped.set()
+
+    # --- the two threads ---
+
+    def _publish_loop(self) -> None:
+        tick = 0
+        while not self.stopped.wait(self.interval):
+            tick += 1
+            try:
+                self._publish(tick)
+            except RuntimeError:
+                return  # the store is gone with the rank or launcher that holds it; what follows from that is not this thread's business
+
+    def _publish(self, tick: int) -> None:
+        place = place_of_thread(self.thread, self.on_gpu)
+        status = {"tick": tick, "beats": self.beats, "iteration": self.iteration, "waits": place.is_waiting}
+        self.store.set(str(self.rank), json.dumps(status | {"phase": place.phase, "call": place.call}))
+
+    def _watch_loop(self) -> None:
+        while not self.stopped.wait(self.interval):
+            idle = time.monotonic() - self.last_beat
+            if idle <= self.timeout:
+                continue
+            if idle > self.patience or not place_of_thread(self.thread, self.on_gpu).phase.endswith(PATIENT):
+                self._end()
+
+    # --- when it hangs ---
+
+    def _end(self) -> None:
+        finder = _in_thread(self._is_first_to_notice, 3 * self.interval)
+        if finder is None:  # the store does not answer: say so from the first rank that it is not on
+            if self.rank == min(1, self.world_size - 1):
+                self._report([self._store_owner()])
+        elif finder:
+            self._report(self._culprits())
+            self.store.set("verdict", "")
+            time.sleep(self.interval)  # in which the others see it
+        else:
+            _in_thread(self._wait_for_verdict, 12 * self.interval)
+        sys.stdout.flush()
+        os._exit(RESTART_STATUS)
+
+    def _is_first_to_notice(self) -> bool:
+        return self.store.add("noticed", 1) == 1
+
+    def _wait_for_verdict(self) -> None:
+        """By asking: who waits in the store keeps the other thread from publishing."""
+        while not self.store.check(["verdict"]):
+            time.sleep(self.interval / 4)
+
+    def _report(self, culprits: list[dict]) -> None:
+        for culprit in culprits[:NAMED_AT_MOST]:
+            where = f"{culprit['state']} in {culprit['phase']} ({culprit['call']}) after iteration {culprit['iteration']}"
+            _to_stderr(f"hang: rank {culprit['rank']} on {culprit['host']} {where}; no step for {self.timeout:g} s, the job ends")
+            self.events.add("hang", **culprit, noticed_by=self.rank)
+        if len(culprits) > NAMED_AT_MOST:
+            _to_stderr(f"hang: and {len(culprits) - NAMED_AT_MOST} more ranks")
+
+    def _culprits(self) -> list[dict]:
+        before = self._statuses()
+        time.sleep(2.5 * self.interval)
+        now = self._statuses()
+        silent = [rank for rank in now if now[rank]["tick"] == before[rank]["tick"]]
+        if silent:
+            return [self._culprit(rank, now[rank] | {"iteration": self.iteration}, "does not answer, last seen") for rank in silent]
+        least = min(status["beats"] for status in now.values())
+        behind = [rank for rank, status in now.items() if status["beats"] == least]
+        if len(behind) == self.world_size:  # all in the same step
+            behind = [rank for rank, status in now.items() if not status["waits"]] or behind
+        return [self._culprit(rank, now[rank], "is behind, it is") for rank in behind]
+
+    def _statuses(self) -> dict[int, dict]:
+        return dict(enumerate(map(json.loads, self.store.multi_get([str(rank) for rank in range(self.world_size)]))))
+
+    def _culprit(self, rank: int, status: dict, state: str) -> dict:
+        known = {key: status[key] for key in ("iteration", "phase", "call")}
+        return {"rank": rank, "host": self.hosts[rank], "state": state} | known
+
+    def _store_owner(self) -> dict:
+        is_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        state = "does not answer (it, or the launcher there, holds the job's key-value store)" if is_launcher else "does not answer"
+        here = {"iteration": self.iteration, "phase": "an unknown phase", "call": "its store is silent"}
+        return {"rank": 0, "host": self.hosts[0], "state": state} | here
+
+
+def _gather_hosts(groups: ParallelGroups) -> list[str]:
+    hosts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname(), group=groups.control)
+    return hosts
+
+
+def _in_thread(function: Callable, seconds: float):
+    """Its result, or None if it fails or has not come back in time."""
+    results: list = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except RuntimeError:
+            return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
+
+
+def _to_stderr(line: str) -> None:
+    """In one write, past buffers that a hung thread may hold."""
+    os.write(2, (line + "\n").encode())

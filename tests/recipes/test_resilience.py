@@ -1,0 +1,234 @@
+"""Ranks that are killed, stopped or told to stop: the others end by themselves in bounded time, say why, and the next start goes on."""
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_llama3.checkpoint.native import open_native_tensors
+from megatron_llama3.checkpoint.start import Start
+from megatron_llama3.config.command_line import parse_run_config
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
+from megatron_llama3.data.loader import TrainingStream
+from megatron_llama3.model.llama import Llama
+from megatron_llama3.planning.local_ranks import start_ranks
+from megatron_llama3.recipes import hooks
+from megatron_llama3.recipes.pretrain import pretrain
+from megatron_llama3.training import engine
+from megatron_llama3.training.events import read_lines
+from megatron_llama3.training.failures import run_and_exit
+from megatron_llama3.training.state import TrainState
+
+FLAGS = (
+    "--num-layers 2 --hidden-size 24 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --vocab-size 101 --seq-length 16 "
+    "--global-batch-size 4 --lr 1e-3 --lr-decay-iters 8 --eval-iters 0 --exit-signal-handler"
+)
+TWO_BY_TWO = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    prefix = tmp_path_factory.mktemp("data") / "corpus"
+    rng = np.random.default_rng(0)
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for length in rng.integers(5, 60, 80):
+            writer.add_document(rng.integers(0, 101, length))
+        writer.finalize()
+    return str(prefix)
+
+
+def start(flags: str, world_size: int, log: Path, before=lambda: None) -> list:
+    def main() -> int:
+        before()
+        return pretrain(parse_run_config(flags.split()))
+
+    return start_ranks(world_size, lambda: run_and_exit(main), log)
+
+
+def statuses(processes: list, seconds: float = 120) -> list[int | None]:
+    """Exit statuses, minus the signal that killed; None for what is still there after `seconds`, which is then killed."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    found = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return found
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+def losses(folder: Path) -> dict[int, float | None]:
+    return {r["iteration"]: r.get("loss") for r in read_lines(folder / "metrics.jsonl") if "lr" in r}
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    return [event for event in read_lines(folder / "events.jsonl") if event["event"] == kind]
+
+
+def slow_steps() -> None:
+    """So that there is time to do something to the run."""
+    next_batch = TrainingStream.next_batch
+    TrainingStream.next_batch = lambda *args: (time.sleep(0.05), next_batch(*args))[1]
+
+
+@pytest.mark.slow
+def test_a_signal_ends_with_status_75_and_the_next_start_finishes(data, tmp_path):
+    flags = f"{FLAGS} --data-path {data} --train-iters 40 --save {tmp_path} --load {tmp_path}"
+    ranks = start(flags, 2, tmp_path / "log", slow_steps)
+    wait_for(lambda: len(losses(tmp_path)) >= 3)
+    os.kill(ranks[1].pid, signal.SIGUSR1)
+    assert statuses(ranks) == [75, 75]
+    stopped_at = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= stopped_at < 40
+    assert [(e["reason"], e["is_finished"]) for e in events(tmp_path, "stop")] == [("SIGUSR1 was received", False)]
+    assert statuses(start(flags, 2, tmp_path / "log")) == [0, 0]
+    assert [e["iteration"] for e in events(tmp_path, "start")] == [0, stopped_at]
+    assert sorted(losses(tmp_path)) == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_who_say_so(data, tmp_path):
+    flags = f"{FLAGS} --data-path {data} --train-iters 400 --save {tmp_path} --load {tmp_path} --save-interval 2 {TWO_BY_TWO}"
+    ranks = start(flags, 4, tmp_path / "log", slow_steps)
+    wait_for(lambda: len(losses(tmp_path)) >= 3)
+    os.kill(ranks[3].pid, signal.SIGKILL)
+    assert statuses(ranks) == [75, 75, 75, -signal.SIGKILL]
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 3
+    assert all(re.match(r"error: rank [0-2] on \S+ lost contact with another rank in .*: .* start the run again", line) for line in lines)
+    assert [e["reason"] for e in events(tmp_path, "failure")] == ["another rank was lost"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])  # rank 0 holds the job's key-value store
+def test_a_stopped_rank_is_named_and_the_job_ends(data, tmp_path, victim):
+    flags = f"{FLAGS} --data-path {data} --train-iters 400 --save {tmp_path} --hang-timeout-seconds 2 {TWO_BY_TWO}"
+    ranks = start(flags, 4, tmp_path / "log", slow_steps)
+    wait_for(lambda: len(losses(tmp_path)) >= 3)
+    os.kill(ranks[victim].pid, signal.SIGSTOP)
+    others = [rank for rank in range(4) if rank != victim]
+    assert statuses([ranks[rank] for rank in others]) == [75] * 3
+    ranks[victim].kill()
+    (hang,) = events(tmp_path, "hang")
+    assert hang["rank"] == victim
+    assert hang["state"].startswith("does not answer")
+    assert re.search(rf"^hang: rank {victim} on \S+ does not answer", (tmp_path / "log").read_text(), re.M)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stuck_is_named_with_its_phase(data, tmp_path):
+    def stuck_in_the_data_of_step_3() -> None:
+        plan_batch, calls = TrainingStream.plan_batch, []
+
+        def stuck(*args):
+            calls.append(1)
+            if len(calls) == 3 and os.environ["RANK"] == "1":
+                time.sleep(1000)
+            return plan_batch(*args)
+
+        TrainingStream.plan_batch = stuck
+
+    flags = f"{FLAGS} --data-path {data} --train-iters 400 --log-dir {tmp_path} --hang-timeout-seconds 2"
+    assert statuses(start(flags, 2, tmp_path / "log", stuck_in_the_data_of_step_3)) == [75, 75]
+    (hang,) = events(tmp_path, "hang")
+    assert (hang["rank"], hang["state"], hang["phase"], hang["iteration"]) == (1, "is behind, it is", "reading data", 2)
+    assert hang["call"].startswith("stuck (test_resilience.py")
+    assert max(losses(tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named(data, tmp_path):
+    def slow_on_rank_2() -> None:
+        forward = Llama.forward
+        if os.environ["RANK"] == "2":
+            Llama.forward = lambda *args, **kwargs: (time.sleep(0.05), forward(*args, **kwargs))[1]
+
+    flags = f"{FLAGS} --data-path {data} --train-iters 12 --log-dir {tmp_path} --log-straggler --straggler-interval 6 {TWO_BY_TWO}"
+    assert statuses(start(flags, 4, tmp_path / "log", slow_on_rank_2)) == [0, 0, 0, 0]
+    found = events(tmp_path, "straggler")
+    assert {e["iteration"] for e in found if e["rank"] == 2} == {6, 12}
+    most = max(found, key=lambda e: e["factor"])
+    assert (most["rank"], most["measure"]) == (2, "own work a step")
+    assert re.search(r"^straggler: iteration 12 \| rank 2 on \S+ took 0\.\d+ s for own work a step", (tmp_path / "log").read_text(), re.M)
+
+
+def poisoned_from(first: int, last: int):
+    """The loss overflows in these steps; told by the data, so that a step that is done again is bad again."""
+
+    def before() -> None:
+        next_batch, make = TrainingStream.next_batch, engine.make_microbatches
+        positions = []
+
+        def noted(stream, *args):
+            positions.append(stream.state_dict()["sources"][0]["sequences"] // 4 + 1)
+            return next_batch(stream, *args)
+
+        def poisoned(*args):
+            factor = 3e38 if first <= positions[-1] <= last else 1.0
+            return [
+                m._replace(inputs=replace(m.inputs, loss_weights=m.inputs.loss_weights * factor), loss_mask=m.loss_mask * factor)
+                for m in make(*args)
+            ]
+
+        TrainingStream.next_batch, engine.make_microbatches = noted, poisoned
+
+    return before
+
+
+@pytest.mark.slow
+def test_bad_steps_in_a_row_roll_the_run_back_and_a_resumed_run_does_the_same(data, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = f"{FLAGS} --data-path {data} --train-iters 10 --save-interval 2 --max-skips-in-a-row 2 {TWO_BY_TWO}"
+    bad = poisoned_from(6, 7)
+    assert statuses(start(f"{flags} --save {whole}", 4, tmp_path / "log", bad)) == [0] * 4
+    # Step 6 was saved while it was unclear what was wrong: the run goes back to step 4, and step 5 is lost too.
+    (back,) = events(whole, "rollback")
+    assert (back["iteration"], back["to"], back["lost_updates"]) == (7, 4, 1)
+    assert [(e["iteration"], e["in_a_row"], e["loss"]) for e in events(whole, "skip")] == [(6, 1, "inf"), (7, 2, "inf")]
+    assert events(whole, "skip")[0]["data_ends_at"] == [{"prefix": data, "epoch": 0, "token_offset": 6 * 4 * 16}]
+    state = json.loads((whole / "iter_0000010" / "train_state.json").read_text())
+    assert (state["iteration"], state["lost_updates"], state["rolled_back_to"]) == (10, 3, [4])
+    assert state["data"]["sources"][0]["sequences"] == 40
+    rates = {r["iteration"]: r["lr"] for r in read_lines(whole / "metrics.jsonl") if "lr" in r}
+    assert rates[8] == rates[5] != rates[4]  # the fifth update again
+
+    # Ended between the two bad steps, and started anew.
+    assert statuses(start(f"{flags} --save {parts} --exit-interval 6", 4, tmp_path / "log", bad)) == [0] * 4
+    assert statuses(start(f"{flags} --save {parts} --load {parts}", 4, tmp_path / "log", bad)) == [0] * 4
+    assert losses(parts) == losses(whole)
+    ours, theirs = (open_native_tensors(folder / "iter_0000010") for folder in (whole, parts))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key].rows(0, ours[key].shape[0]), theirs[key].rows(0, theirs[key].shape[0])) for key in ours)
+
+
+def test_each_rollback_in_a_row_goes_one_checkpoint_further_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(hooks, "damage", lambda folder: "its weights are missing" if folder.name == "iter_0000003" else None)
+    config = RunConfig()
+    config.checkpoint.save = str(tmp_path / "run")
+    for iteration, skipped in ((2, 0), (3, 0), (4, 0), (6, 1)):
+        folder = tmp_path / "run" / f"iter_{iteration:07d}"
+        folder.mkdir(parents=True)
+        (folder / "train_state.json").write_text(json.dumps({"iteration": iteration, "skipped_in_a_row": skipped, "data": {}}))
+    state, found = TrainState(iteration=9), []
+    while (target := hooks._rollback_target(config, state, None)) is not None:
+        found.append(target.name)
+        state.rolled_back_to.append(int(target.name[5:]))
+    assert found == ["iter_0000004", "iter_0000002"]
+    start = Start(tmp_path / "run" / "iter_0000004", config.checkpoint)
+    assert hooks._rollback_target(RunConfig(), TrainState(iteration=9), start) == start.folder
+    assert hooks._rollback_target(RunConfig(), TrainState(iteration=9), replace(start, is_hf=True)) is None
