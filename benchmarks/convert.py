@@ -103,14 +103,14 @@ def random_model(layers: int, vocab_size: int) -> WeightSource:
     )
     noise = torch.randn(4 << 20).bfloat16()
 
-    def lazy(shape: tuple[int, ...]) -> LazyTensor:
+    def lazy(shape: tuple[int, ...], number: int) -> LazyTensor:
         def rows(start: int, stop: int) -> torch.Tensor:
             count = (stop - start) * torch.Size(shape[1:]).numel()
-            return noise.repeat(-(-count // len(noise)))[:count].view(stop - start, *shape[1:])
+            return noise.roll(number).repeat(-(-count // len(noise)))[:count].view(stop - start, *shape[1:])
 
         return LazyTensor(shape, torch.bfloat16, rows)
 
-    return WeightSource(model, {name: lazy(spec.shape) for name, spec in weight_table(model).items()})
+    return WeightSource(model, {name: lazy(spec.shape, i) for i, (name, spec) in enumerate(weight_table(model).items())})
 
 
 class Cost(NamedTuple):
