@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm of two nodes on this machine, to try the sbatch scripts on: slurmctld and two slurmd, of Debian's packages.
 #
-#   bash scripts/slurm_local.sh up                  installs what is missing (as root), starts it, waits until both nodes are idle
+#   bash scripts/slurm_local.sh up                  installs what is missing (as root), starts it, waits until both nodes are idle; status 77: cannot be installed
 #   source /tmp/llama3-slurm/env.sh                 this shell's sbatch, squeue, scontrol, ... speak to it
 #   bash scripts/slurm_local.sh down                stops it, jobs included, and removes its folder
 #   bash scripts/slurm_local.sh status              its nodes and jobs; fails if it is not up
@@ -18,6 +18,7 @@ export SLURM_CONF=$DIR/slurm.conf
 export PATH=$PATH:/usr/sbin
 
 fail() { echo "error: $*" >&2; exit 1; }
+cannot_install() { echo "Slurm cannot be installed: $*" >&2; exit 77; }
 
 install_packages() {
     local command missing=()
@@ -25,8 +26,8 @@ install_packages() {
         command -v "$command" >/dev/null || missing+=("$command")
     done
     ((${#missing[@]})) || return 0
-    command -v apt-get >/dev/null || fail "${missing[*]} missing, and no apt-get to install them with"
-    ((EUID == 0)) || fail "${missing[*]} missing: run as root, or apt-get install munge slurmctld slurmd slurm-client"
+    command -v apt-get >/dev/null || cannot_install "no ${missing[*]}, and no apt-get"
+    ((EUID == 0)) || cannot_install "no ${missing[*]}; run as root, or apt-get install munge slurmctld slurmd slurm-client"
     echo "installing munge, slurmctld, slurmd, slurm-client"
     without_starting_services apt-get update -qq
     without_starting_services apt-get install -y -qq --no-install-recommends munge slurmctld slurmd slurm-client
@@ -39,7 +40,7 @@ without_starting_services() {
     [[ -n $policy ]] && { printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy"; }
     DEBIAN_FRONTEND=noninteractive "$@" >"$DIR/install.log" 2>&1 || status=$?
     [[ -n $policy ]] && rm "$policy"
-    ((status == 0)) || { tail -n 3 "$DIR/install.log" >&2; fail "$* failed"; }
+    ((status == 0)) || cannot_install "$*: $(tail -n 1 "$DIR/install.log")"
 }
 
 write_config() {
