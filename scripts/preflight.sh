@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the machines before a run: versions and GPUs alike, the data whole, room for a checkpoint, all-reduce and p2p timings between nodes.
+# Checks the machines before a run: versions and GPUs alike, data whole, room for a checkpoint, all-reduce and p2p timings between nodes.
 #
 #   bash scripts/preflight.sh                                                    this machine: a process a GPU, or one without
 #   bash scripts/preflight.sh examples/pretrain_llama3_8b.sh --world-size 1024   with the files of this run

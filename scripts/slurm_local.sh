@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm of two nodes on this machine, to try the sbatch scripts on: slurmctld and two slurmd, of Debian's packages.
 #
-#   bash scripts/slurm_local.sh up                  installs what is missing (as root), starts it, waits until both nodes are idle; status 77: cannot be installed
+#   bash scripts/slurm_local.sh up                  installs what is missing (as root) and starts it; status 77: it cannot be installed
 #   source /tmp/llama3-slurm/env.sh                 this shell's sbatch, squeue, scontrol, ... speak to it
 #   bash scripts/slurm_local.sh down                stops it, jobs included, and removes its folder
 #   bash scripts/slurm_local.sh status              its nodes and jobs; fails if it is not up
@@ -13,6 +13,7 @@ set -euo pipefail
 
 DIR=${SLURM_LOCAL_DIR:-/tmp/llama3-slurm}
 PORT=${SLURM_LOCAL_PORT:-17000}
+CLUSTER=llama3local
 NODES=(n1 n2)
 export SLURM_CONF=$DIR/slurm.conf
 export PATH=$PATH:/usr/sbin
@@ -47,7 +48,7 @@ write_config() {
     local host
     host=$(hostname -s)
     cat >"$SLURM_CONF" <<END
-ClusterName=llama3local
+ClusterName=$CLUSTER
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$PORT
 SlurmUser=$(id -un)
@@ -95,7 +96,10 @@ start_node() {
     slurmd -N "$1"
 }
 
-is_up() { [[ -e $SLURM_CONF ]] && scontrol ping 2>/dev/null | grep -q ' is UP'; }
+# Only a folder that this script made is ever removed.
+is_ours() { grep -qxs "ClusterName=$CLUSTER" "$SLURM_CONF"; }
+
+is_up() { is_ours && scontrol ping 2>/dev/null | grep -q ' is UP'; }
 
 # Seconds to wait, then a command that must succeed in that time.
 wait_for() {
@@ -144,10 +148,11 @@ up() {
         echo "already up: source $DIR/env.sh"
         return
     fi
+    is_ours || [[ -z $(ls -A "$DIR" 2>/dev/null) ]] || fail "$DIR holds something else: set SLURM_LOCAL_DIR to a new folder"
     down
     mkdir -p "$DIR/state"
-    install_packages
     write_config
+    install_packages
     start_munge
     slurmctld
     for node in "${NODES[@]}"; do
@@ -159,6 +164,7 @@ up() {
 
 down() {
     local node
+    is_ours || return 0
     if is_up; then
         scancel --partition=local 2>/dev/null || true
         wait_for 15 no_step_daemons || true
