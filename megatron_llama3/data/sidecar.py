@@ -73,6 +73,18 @@ def describe_damage(path: str | Path, expected: dict[str, Any], found: dict[str,
     return f"{path}: {len(bad)} of {len(expected['crc32'])} checksums differ, first in bytes {start} to {stop}"
 
 
+def describe_damaged_block(path: str | Path, expected: dict[str, Any], block: int) -> str | None:
+    """One line if the file's size, or one of its 64 MiB blocks, is not what its checksums say, or None."""
+    size = os.path.getsize(path)
+    if size != expected["bytes"]:
+        return describe_damage(path, expected, {"bytes": size})
+    start = block * CHECKSUM_BLOCK_BYTES
+    with open(path, "rb") as file:
+        file.seek(start)
+        crc = zlib.crc32(file.read(CHECKSUM_BLOCK_BYTES))
+    return None if crc == expected["crc32"][block] else f"{path}: bytes {start} to {min(start + CHECKSUM_BLOCK_BYTES, size)} are damaged"
+
+
 def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
     """PREFIX.json as a dict, or None where there is none (Megatron's own files). Raises UserError if it cannot be read."""
     path = Path(f"{prefix}.json")

@@ -1,4 +1,4 @@
-"""Each example's dry run against golden text, and how scripts/launch.sh and scripts/pretrain.sbatch start it.
+"""Each example's dry run against golden text, and how scripts/launch.sh starts it.
 
 After a change on purpose: UPDATE_GOLDEN=1 python -m pytest tests/examples, then read the diff.
 """
@@ -107,21 +107,3 @@ def test_without_ranks_it_starts_torchrun(tmp_path):
     assert "0:1024 252M:1024 2.87T:2048" in words  # one argument, spaces and all
     assert " --data-path 0.3 /a 0.7 /b --split" in " ".join(words)
     assert words[-3:] == ["--seed", "5", ""]
-
-
-def test_sbatch_gives_each_task_its_rank_and_one_rendezvous(tmp_path):
-    # Many nodes: a script that stopped reading after the first would break the pipe and end without a word.
-    _echo(tmp_path, "scontrol", '[[ "$*" == "show hostnames gpu[7-20000]" ]] && seq -f "gpu%.0f" 7 20000')
-    _echo(tmp_path, "srun", 'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@"; done')
-    _echo(tmp_path, "python", 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $2 ${*: -2}"')
-    slurm = {"SLURM_JOB_NODELIST": "gpu[7-20000]", "SLURM_JOB_ID": "31234", "SLURM_NTASKS": "2"}
-    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
-    done = run("scripts/pretrain.sbatch", "examples/pretrain_llama3_70b.sh", "--lr", "1e-5", **slurm, **paths)
-    recipe = "megatron_llama3.recipes.pretrain --lr 1e-5"
-    assert done.stdout == f"0 0 2 gpu7 21234 {recipe}\n1 1 2 gpu7 21234 {recipe}\n", done.stderr
-
-
-def test_sbatch_without_an_example():
-    done = run("scripts/pretrain.sbatch")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: name the example to run")

@@ -1,0 +1,98 @@
+"""What scripts/pretrain.sbatch does after each end of a run, with Slurm's commands played by scripts. test_slurm.py has the real ones."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Runs the script as attempt `attempt`; `python` is the body of the program that each of two tasks runs. Returns its result."""
+    commands = {
+        # Many nodes: a script that stopped reading after the first would break the pipe and end without a word.
+        "scontrol": """case "$*" in
+            "show hostnames gpu[7-20000]") seq -f "gpu%.0f" 7 20000 ;;
+            "show node --oneliner gpu7") echo "NodeName=gpu7 NodeAddr=10.0.0.7 State=IDLE" ;;
+            *) echo "scontrol $*" ;; esac""",
+        # Each task after the other; the step's status is the largest, as srun's.
+        "srun": """while [[ $1 == --* ]]; do shift; done
+            worst=0
+            for i in 0 1; do SLURMD_NODENAME=gpu$((7 + i)) SLURM_PROCID=$i SLURM_LOCALID=0 "$@" || worst=$?; done
+            exit $worst""",
+    }
+    variables = {"SLURM_JOB_NODELIST": "gpu[7-20000]", "SLURM_JOB_ID": "31234", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "llama3"}
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "LOGS": str(tmp_path / "logs")}
+
+    def run(python: str, *flags: str, attempt: int = 0, **more: str) -> subprocess.CompletedProcess:
+        for name, text in {**commands, "python": python}.items():
+            path = tmp_path / name
+            path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+            path.chmod(0o755)
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
+        environment |= variables | {"SLURM_RESTART_COUNT": str(attempt), "PREFLIGHT": "no", **more}
+        script = ["bash", "scripts/pretrain.sbatch", *(["examples/pretrain_llama3_70b.sh", *flags] if python else [])]
+        return subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+SAVED = "kill -USR1 $PPID; sleep 0.1; exit 75"  # Slurm signals the task's shell as well as the rank
+
+
+def test_each_task_has_its_rank_and_one_rendezvous(slurm):
+    show = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $2 ${*: -4}"'
+    done = slurm(show, "--lr", "1e-5", attempt=2)
+    recipe = "megatron_llama3.recipes.pretrain --lr 1e-5 --exit-signal-handler --auto-resume"
+    assert [line for line in done.stdout.splitlines() if "recipes" in line] == [
+        f"0 0 2 10.0.0.7 {20000 + 1234 + 2018} {recipe}",
+        f"1 0 2 10.0.0.7 {20000 + 1234 + 2018} {recipe}",
+    ], done.stderr
+    assert done.returncode == 0
+    assert "scontrol" not in done.stdout
+
+
+def test_a_saved_run_is_requeued_without_end(slurm):
+    for attempt in range(4):
+        done = slurm(SAVED, attempt=attempt, MAX_FAILURES="2")
+        assert done.returncode == 0, done.stderr
+        assert "saved, and work is left; requeued\nscontrol requeue 31234\n" in done.stdout
+
+
+def test_failures_in_a_row_end_the_job(slurm):
+    killed = "((RANK == 1)) || exit 75; kill -KILL $$"  # rank 0 lost contact with rank 1
+    assert slurm(killed, attempt=0, MAX_FAILURES="2").stdout.endswith("failure 1 of at most 2 in a row; requeued\nscontrol requeue 31234\n")
+    assert slurm(SAVED, attempt=1, MAX_FAILURES="2").stdout.endswith("requeue 31234\n")  # and counts anew
+    assert "rank 1 on gpu8: status 137" in slurm(killed, attempt=2, MAX_FAILURES="2").stdout
+    done = slurm(killed, attempt=3, MAX_FAILURES="2")
+    assert done.returncode == 1
+    assert "failure 2 in a row" in done.stdout
+    assert "scontrol" not in done.stdout
+
+
+def test_lost_contact_without_a_signal_is_a_failure(slurm):
+    assert "rank 0 on gpu7: status 75" in (done := slurm("exit 75", MAX_FAILURES="1")).stdout
+    assert done.returncode == 1
+
+
+def test_what_is_refused_is_not_requeued(slurm):
+    done = slurm("echo error: no such file >&2; exit 2")
+    assert done.returncode == 2
+    assert "rank 0 on gpu7: status 2" in done.stdout
+    assert "scontrol" not in done.stdout
+
+
+def test_preflight_comes_first_and_may_end_the_attempt(slurm):
+    done = slurm('echo "$2 $PREFLIGHT_GPUS"; [[ $2 != tools.preflight ]]', PREFLIGHT="", SLURM_GPUS_PER_NODE="h100:8")
+    assert "tools.preflight 8\n" in done.stdout
+    assert "recipes.pretrain" not in done.stdout
+    assert done.stdout.endswith("scontrol requeue 31234\n")
+
+
+def test_without_an_example(slurm):
+    done = slurm("")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: name the example to run")

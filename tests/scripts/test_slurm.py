@@ -1,0 +1,180 @@
+"""The sbatch scripts on a real Slurm: two nodes on this machine, started by scripts/slurm_local.sh. Skipped only where Slurm cannot be
+installed, and not even there if REQUIRE_SLURM is set, as .ci/run does."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
+from megatron_llama3.data.preprocess import preprocess
+from tests.tools.preprocess_helpers import documents, options, output_bytes, vocabulary_folder, write_jsonl
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+LOCAL = ROOT / "scripts" / "slurm_local.sh"
+CANNOT_BE_INSTALLED = 77
+VOCABULARY = 101
+STEPS = 40
+PATIENCE = 400  # seconds; a start takes 20 on two idle cores
+RUN = [
+    *["examples/pretrain_llama3_8b.sh", "--model-name", "tiny", "--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64"],
+    *["--num-attention-heads", "4", "--num-query-groups", "2", "--vocab-size", str(VOCABULARY), "--no-compile-blocks", "--no-bf16"],
+    *["--step-batch-size-schedule", "0:4", "--seq-length-schedule", "0:16", "--train-iters", str(STEPS), "--save-interval", "4"],
+    *["--lr-warmup-iters", "2", "--lr-decay-iters", str(STEPS), "--eval-iters", "0", "--lr", "1e-3"],
+]
+
+
+class Slurm:
+    """The local cluster, by its commands."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mine = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        self.environment = {k: v for k, v in os.environ.items() if k not in mine and not k.startswith("SLURM")} | {
+            "SLURM_LOCAL_DIR": str(folder),
+            "SLURM_LOCAL_PORT": str(port),
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+    def local(self, *argv: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", LOCAL, *argv], env=self.environment, capture_output=True, text=True, timeout=PATIENCE)
+
+    def run(self, *argv: str, **variables: str) -> str:
+        done = subprocess.run(argv, env=self.environment | variables, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def submit(self, *argv: str, **variables: str) -> str:
+        return self.run("sbatch", "--parsable", *argv, **variables).strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says; of an array the first task."""
+        text = self.run("scontrol", "show", "job", job)
+        return dict(re.findall(r"(\w+)=(\S+)", text.split("\n\n")[0]))
+
+    def states(self, job: str) -> list[str]:
+        return re.findall(r"JobState=(\S+)", self.run("scontrol", "show", "job", job))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    up = cluster.local("up")
+    if up.returncode == CANNOT_BE_INSTALLED and not os.environ.get("REQUIRE_SLURM"):
+        pytest.skip(up.stderr.strip())
+    assert up.returncode == 0, up.stderr
+    yield cluster
+    cluster.local("down")
+
+
+def until(what: str, condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {PATIENCE} s: {what}"
+        time.sleep(0.1)
+
+
+def losses(folder: Path) -> dict[int, set[float]]:
+    """By step, all that were logged for it: a step done again after a failure must give what it gave before."""
+    found: dict[int, set[float]] = {}
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n") and "loss" in (record := json.loads(line)):
+            found.setdefault(record["iteration"], set()).add(record["loss"])
+    return found
+
+
+def rank_process(job: str, rank: int) -> int:
+    """Process id of a rank of a job."""
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = environ.read_bytes().split(b"\0")
+            program = (environ.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        wanted = {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()} <= set(variables)
+        if wanted and program.startswith(sys.executable.encode()) and b"megatron_llama3.recipes.pretrain" in program:
+            return int(environ.parent.name)
+    raise LookupError(f"no rank {rank} of job {job}")
+
+
+@pytest.fixture
+def inputs(tmp_path) -> dict[str, str]:
+    """The example's settings: a dataset and a tokenizer."""
+    prefix, rng = tmp_path / "corpus", np.random.default_rng(0)
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for length in rng.integers(5, 60, 80):
+            writer.add_document(rng.integers(0, VOCABULARY, length))
+        writer.finalize()
+    return {"DATA_PATH": str(prefix), "TOKENIZER_MODEL": str(vocabulary_folder(tmp_path))}
+
+
+def test_a_job_survives_preemption_a_killed_rank_and_a_lost_node(slurm, inputs, tmp_path):
+    """Two nodes of two tasks; at the end the losses are those of a run under torchrun that nothing broke, bit by bit."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    slurm.run("bash", *RUN, CHECKPOINTS=str(whole), GPUS_PER_NODE="4", **inputs)
+
+    layout = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", f"--output={tmp_path}/job.log"]
+    job = slurm.submit(*layout, "scripts/pretrain.sbatch", *RUN, CHECKPOINTS=str(broken), LOGS=str(tmp_path / "logs"), **inputs)
+
+    def restarted(times: int) -> bool:
+        return slurm.job(job)["Restarts"] == str(times)
+
+    def reached(step: int, attempt: int) -> None:
+        until(f"step {step} in attempt {attempt}", lambda: restarted(attempt) and max(losses(broken), default=0) >= step)
+
+    reached(5, attempt=0)
+    slurm.run("scancel", "--signal=USR1", job)
+    until("requeue after preemption", lambda: restarted(1))
+    saved = max(losses(broken))
+    assert (broken / "latest_checkpointed_iteration.txt").read_text().strip() == str(saved)
+
+    reached(saved + 5, attempt=1)
+    os.kill(rank_process(job, 3), signal.SIGKILL)
+    until("requeue after a killed rank", lambda: restarted(2))
+
+    reached(max(losses(broken)) + 5, attempt=2)
+    hung = rank_process(job, 3)
+    os.kill(hung, signal.SIGSTOP)  # a node that is lost makes no more steps
+    assert slurm.local("kill-node", "n2").returncode == 0
+    until("requeue after a lost node", lambda: restarted(3))
+    assert slurm.local("start-node", "n2").returncode == 0
+
+    until("the end", lambda: slurm.states(job) == ["COMPLETED"])
+    assert losses(broken) == losses(whole)
+    assert sorted(losses(broken)) == list(range(1, STEPS + 1))
+    exits = (tmp_path / "logs" / "exits").read_text().splitlines()
+    assert exits[:2] == ["attempt 0, rank 0 on n1: status 75", "attempt 1, rank 3 on n2: status 137"]
+    assert len(list((tmp_path / "logs").glob("rank_*.log"))) == 4
+    assert not Path(f"/proc/{hung}").exists()
+
+
+def test_tasks_of_an_array_make_one_dataset(slurm, tmp_path):
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", documents(30 + i, seed=i) * 60) for i in range(4)]
+    whole = options(tmp_path, *files, prefix="whole")
+    preprocess(whole)
+    flags = ["--output-prefix", str(tmp_path / "shards" / "c"), "--tokenizer-model", str(vocabulary_folder(tmp_path)), "--append-eod"]
+    array = ["--array=0-1", "--cpus-per-task=1", f"--output={tmp_path}/%a.log", "scripts/preprocess_array.sbatch"]
+    job = slurm.submit(*array, "--input", *map(str, files), *flags)
+    until("the end of the array", lambda: slurm.states(job) == ["COMPLETED", "COMPLETED"])
+    merged = tmp_path / "merged_text_document"
+    slurm.run(sys.executable, "tools/merge_datasets.py", "--input", str(tmp_path / "shards"), "--output-prefix", str(merged))
+    for suffix in (".bin", ".idx"):
+        assert output_bytes(whole)[suffix] == merged.with_suffix(suffix).read_bytes()
