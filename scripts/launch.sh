@@ -20,7 +20,7 @@ done
 if [[ -n ${RANK:-} && -n ${WORLD_SIZE:-} ]]; then
     exec "$PYTHON" -m "$MODULE" "$@"
 fi
-exec "$PYTHON" -m torch.distributed.run \
+exec "$PYTHON" "$root/scripts/torchrun.py" \
     --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "${GPUS_PER_NODE:-8}" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
     --module "$MODULE" "$@"

@@ -29,7 +29,7 @@ for part in train held_out; do
 done
 
 step "4/6 training on 8 processes: TP 2 x PP 2 x DP 2"
-$PYTHON -m torch.distributed.run --standalone --nproc-per-node 8 -m megatron_llama3.recipes.pretrain \
+$PYTHON scripts/torchrun.py --standalone --nproc-per-node 8 -m megatron_llama3.recipes.pretrain \
     --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 \
     --num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4 --num-query-groups 2 --init-method-std 0.08 \
     --vocab-size 8192 --max-position-embeddings 1024 --tokenizer-model $RUN/tokenizer \

@@ -10,8 +10,10 @@
 
 import os
 import re
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,8 @@ from megatron_llama3.training.events import EventLog
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.stop import RESTART_STATUS
 from megatron_llama3.training.whereabouts import place_of_error
+
+PATIENCE_SECONDS = 2.0
 
 # What gloo, NCCL and the store say when a peer is gone; their complaints about wrong arguments are faults of the program.
 _LOST_CONTACT = re.compile(
@@ -61,9 +65,13 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
     except UserError as error:
         if has_lost_contact(error):
             _lost_contact(error)
+        if os.environ.get("RANK", "0") != "0":
+            _let_others_speak_first()
         _exit(2, [f"error: {line}" for line in str(error).splitlines()])
     except (SystemExit, KeyboardInterrupt):
         raise
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os._exit(1)
     except BaseException as error:  # some of torch's are no Exception
         if has_lost_contact(error):
             _lost_contact(error)
@@ -71,7 +79,14 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
     raise SystemExit(status or 0)
 
 
+def _let_others_speak_first() -> None:
+    """What several ranks find wrong, the lowest says: a launcher ends the others when the first one ends. Later ranks wait longer."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PATIENCE_SECONDS + 0.5 * (int(os.environ.get("RANK", "0")) % 8))
+
+
 def _lost_contact(error: BaseException) -> None:
+    _let_others_speak_first()
     rank, host = os.environ.get("RANK", "0"), socket.gethostname()
     reason = re.sub(r"^\[\S+\] ", "", _first_line(error)).partition(". ")[0]  # without gloo's source line and its advice
     line = f"rank {rank} on {host} lost contact with another rank in {place_of_error(error)}: {reason}"

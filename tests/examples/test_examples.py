@@ -102,7 +102,7 @@ def test_without_ranks_it_starts_torchrun(tmp_path):
     settings = {"NNODES": "2", "NODE_RANK": "1", "GPUS_PER_NODE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
     done = run("examples/pretrain_llama3_8b.sh", "--seed", "5", PYTHON=str(tmp_path / "python"), DATA_PATH="0.3 /a 0.7 /b", **settings)
     words = done.stdout.split("\n")
-    expected = "-m torch.distributed.run --nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr node0 --master-port 1234 --module"
+    expected = f"{ROOT}/scripts/torchrun.py --nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr node0 --master-port 1234 --module"
     assert " ".join(words).startswith(expected + " megatron_llama3.recipes.pretrain --model-name llama3-8b")
     assert "0:1024 252M:1024 2.87T:2048" in words  # one argument, spaces and all
     assert " --data-path 0.3 /a 0.7 /b --split" in " ".join(words)

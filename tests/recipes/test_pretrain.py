@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from megatron_llama3.recipes.pretrain import pretrain
 from megatron_llama3.training import loop, stop
 
 VOCABULARY = 101
+ROOT = Path(__file__).parents[2]
 MODEL = (
     "--num-layers 2 --hidden-size 24 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --vocab-size 101 "
     "--seq-length 16 --global-batch-size 4 --lr 1e-3 --lr-decay-iters 8 --eval-interval 4 --eval-iters 1"
@@ -174,20 +174,47 @@ def test_non_finite_loss_is_an_error(data, tmp_path):
         run(f"{MODEL} --data-path {data} --train-iters 8 --lr 1e30 --clip-grad 0")
 
 
-@pytest.mark.slow
-def test_bad_input_under_torchrun_ends_every_process(tmp_path):
-    prefix = tmp_path / "bad"
+def launched(flags: str, ranks: int) -> tuple[int, list[str]]:
+    """(exit status, lines on stderr) under torchrun; no process of it is left."""
+    command = [sys.executable, str(ROOT / "scripts" / "torchrun.py"), "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "megatron_llama3.recipes.pretrain", *flags.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    left = subprocess.run(["pgrep", "-f", flags.split()[-1]], capture_output=True, text=True).stdout.split()
+    assert not left
+    return done.returncode, done.stderr.splitlines()
+
+
+def with_one_bad_document(prefix: Path) -> Path:
+    """Only one rank reads it in the first step."""
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        writer.add_document(np.full(5000, VOCABULARY))
+        for number in range(40):
+            writer.add_document(np.full(500, VOCABULARY if number == 20 else 1))
         writer.finalize()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "megatron_llama3.recipes.pretrain"]
-    command += f"{MODEL} {TWO_BY_TWO} --data-path {prefix} --split 1,0,0 --train-iters 2".split()
-    started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert lines
-    assert "bad" in lines[0]
-    assert "101" in lines[0]
-    ranks = subprocess.run(["pgrep", "-f", str(prefix)], capture_output=True, text=True).stdout.split()
-    assert not ranks, f"still there after {time.monotonic() - started:.0f} s"
+    return prefix
+
+
+@pytest.mark.slow
+def test_a_token_id_beyond_the_vocabulary_is_one_line(tmp_path):
+    prefix = with_one_bad_document(tmp_path / "bad")
+    status, lines = launched(f"{MODEL} --tensor-model-parallel-size 2 --split 1,0,0 --train-iters 400 --data-path {prefix}", 4)
+    assert status == 2, lines
+    (error,) = [line for line in lines if line.startswith("error: ")]
+    assert "bad" in error
+    assert "101" in error
+    assert not [line for line in lines if "Traceback" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damaged_data_is_one_line_under_torchrun(tmp_path, damage):
+    prefix = with_one_bad_document(tmp_path / "damaged")
+    index = prefix.with_suffix(".idx")
+    index.write_bytes(index.read_bytes()[:-9])
+    if damage == "missing":
+        index.unlink()
+    status, lines = launched(f"{MODEL} --train-iters 2 --data-path {prefix}", 2)
+    assert status == 2, lines
+    (error,) = [line for line in lines if line.startswith("error: ")]
+    assert "damaged" in error
+    assert not [line for line in lines if "Traceback" in line]
