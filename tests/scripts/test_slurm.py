@@ -161,7 +161,7 @@ def test_a_job_survives_preemption_a_killed_rank_and_a_lost_node(slurm, inputs, 
     assert losses(broken) == losses(whole)
     assert sorted(losses(broken)) == list(range(1, STEPS + 1))
     exits = (tmp_path / "logs" / "exits").read_text().splitlines()
-    assert exits[:2] == ["attempt 0, rank 0 on n1: status 75", "attempt 1, rank 3 on n2: status 137"]
+    assert exits[:2] == ["attempt 0, rank 0 on n1: status 75 after a signal", "attempt 1, rank 3 on n2: status 137"]
     assert len(list((tmp_path / "logs").glob("rank_*.log"))) == 4
     assert not Path(f"/proc/{hung}").exists()
 
