@@ -15,8 +15,17 @@ from megatron_llama3.training.events import METRICS_FILE, append_line, log_folde
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult
 
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 tensor-core TFLOP/s by the vendor's sheets, by a part of the device's name."""
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H200 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "GB200": 2500.0,
+    "B200": 2250.0,
+}
+"""Dense bf16 tensor-core TFLOP/s by the vendor's sheets, by a part of the device's name; the first that fits counts."""
 
 
 class MetricsLogger:

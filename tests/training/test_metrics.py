@@ -1,0 +1,82 @@
+"""What a run leaves to be read: a line on the console, the same numbers as JSON lines, and in Weights & Biases' own format."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_llama3.config.model import flops_per_token
+from megatron_llama3.config.run import RunConfig
+from megatron_llama3.training import metrics
+from megatron_llama3.training.metrics import MetricsLogger
+from megatron_llama3.training.state import TrainState
+from megatron_llama3.training.step import StepResult
+
+BATCH, LENGTH, RANKS = 4, 32, 2
+
+
+def config_for(tmp_path, **logging) -> RunConfig:
+    config = RunConfig()
+    config.parallel.world_size = RANKS
+    config.training.train_iters = 6
+    config.logging.log_interval = 2
+    config.logging.log_dir = str(tmp_path)
+    for name, value in logging.items():
+        setattr(config.logging, name, value)
+    return config
+
+
+def log_two_steps(config: RunConfig, monkeypatch) -> list[dict]:
+    """Two steps that took four seconds, of which one was a pause; then an evaluation."""
+    clock = iter([100.0, 104.0])
+    state = TrainState()
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock), time=time.time))
+        logger = MetricsLogger(config, state)
+        logger.paused(1.0)
+        for step, loss in ((1, 5.0), (2, 4.0)):
+            state.iteration, state.consumed_tokens = step, step * BATCH * LENGTH
+            logger(state, StepResult(loss, 0.5, 1e-3 * step, BATCH, LENGTH), False)
+    logger.evaluated(state, 4.25)
+    logger.close()
+    return [json.loads(line) for line in logger.path.read_text().splitlines()]
+
+
+def test_the_record_holds_what_happened_since_the_last_one(tmp_path, monkeypatch, capsys):
+    config = config_for(tmp_path)
+    monkeypatch.setattr(metrics, "_peak_tflops", lambda: 989.0)
+    step, evaluation = log_two_steps(config, monkeypatch)
+    assert (step["iteration"], step["consumed_tokens"], step["loss"], step["lr"]) == (2, 2 * BATCH * LENGTH, 4.5, 2e-3)
+    assert (step["gradient_norm"], step["global_batch_size"], step["seq_length"]) == (0.5, BATCH, LENGTH)
+    assert step["seconds_per_step"] == pytest.approx(1.5)
+    assert step["tokens_per_second"] == pytest.approx(2 * BATCH * LENGTH / 3)
+    for kind in ("full", "causal"):
+        tflops = 2 * BATCH * LENGTH / 3 * flops_per_token(config.model, LENGTH, causal=kind == "causal") / RANKS / 1e12
+        assert step[f"tflops_per_rank_{kind}_attention"] == pytest.approx(tflops)
+        assert step[f"mfu_{kind}_attention"] == pytest.approx(tflops / 989)
+    assert step["memory_bytes"] > 2**20
+    assert abs(step["time"] - time.time()) < 600
+    assert evaluation["validation_loss"] == 4.25
+    line, *_ = capsys.readouterr().out.splitlines()
+    for part in ("iteration 2/6", "256 tokens", "loss 4.5000", "grad norm 0.500", "85 tokens/s", "MFU", "0:00:06 left"):
+        assert part in line
+
+
+def test_a_gpu_is_known_by_the_most_telling_part_of_its_name(monkeypatch):
+    names = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 PCIe": 756.0, "NVIDIA GB200": 2500.0, "NVIDIA B200": 2250.0, "Tesla T4": None}
+    monkeypatch.setattr(metrics.torch.cuda, "is_available", lambda: True)
+    for name, peak in names.items():
+        monkeypatch.setattr(metrics.torch.cuda, "get_device_name", lambda name=name: name)
+        assert metrics._peak_tflops() == peak
+
+
+@pytest.mark.slow
+def test_weights_and_biases_gets_an_offline_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log_two_steps(config_for(tmp_path, wandb_project="test", wandb_exp_name="two-steps", wandb_save_dir=str(tmp_path)), monkeypatch)
+    (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = run.read_bytes()
+    assert b"two-steps" in content
+    assert b"validation_loss" in content
