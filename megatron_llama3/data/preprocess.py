@@ -8,12 +8,13 @@ import json
 import multiprocessing
 import os
 import signal
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+
+from zlib_ng.zlib_ng import crc32
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.data.indexed_dataset import dtype_for_vocab_size
@@ -66,6 +67,10 @@ def preprocess(options: PreprocessOptions) -> tuple[Summary, list[str]]:
                 done = _run_job(options, sources, tokenizer, description, folder)
             except OSError as error:
                 raise UserError(f"cannot write {error.filename or options.prefix}: {error.strerror}; {_RESUME}") from error
+            except UserError as error:
+                if isinstance(error.__cause__, OSError):  # the dataset's writer, which does not know that this job can continue
+                    raise UserError(f"{error}; {_RESUME}") from error
+                raise
         folder.remove()
     return done, outputs
 
@@ -142,7 +147,7 @@ def _spooled(folder: JobFolder, sources: list[Source]) -> Iterator[Unit]:
                 cut = chunk.rfind(b"\n") + 1 if sources[0].kind == "jsonl" else 0
                 part, rest = (chunk[:cut], chunk[cut:]) if cut else (chunk, b"")
                 file.write(part)
-                size, crc = size + len(part), zlib.crc32(part, crc)
+                size, crc = size + len(part), crc32(part, crc)
                 if cut or not chunk:
                     break
         if size:
