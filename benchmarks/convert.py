@@ -4,6 +4,9 @@
 
 The model has random weights in bf16, of Llama 3.2 1B's width and untied. Floor: 60% of cp's bytes a second, aim 80%. `transformers` is the
 way of its conversion script for Meta's files: torch.load, permute wq and wk, LlamaForCausalLM.save_pretrained.
+Timed is the work of `convert_checkpoint.py --no-verify` (open, write, sync, rename), without the start of Python and the import of torch.
+Before each timed run an untimed copy is written and removed: memory that lay idle was taken back by a virtual machine's host, and whoever
+allocates it next waits for it (seen here: the same cp, four to five times as long).
 Peak memory is anonymous memory (RssAnon) above what the imports take; mapped input files are page cache.
 """
 
@@ -18,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -70,8 +74,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[str]:
     for name, (path, job) in jobs.items():
         copies, times = [], []
         for _ in range(arguments.rounds):  # alternating, so that a busy machine is busy for both
-            copies.append(cost(folder / "out", lambda out, path=path: copy(path, out)))
-            times.append(cost(folder / "out", job))
+            for runs, timed in ((copies, partial(copy, path)), (times, job)):
+                cost(folder / "out", partial(copy, path))
+                runs.append(cost(folder / "out", timed))
         ratio = median(copied.seconds / ours.seconds for copied, ours in zip(copies, times))
         speeds = " | ".join(f"{gigabytes / median(run.seconds for run in runs):.2f}" for runs in (copies, times))
         work = " | ".join(f"{median(run.cpu_seconds for run in runs):.1f}" for runs in (copies, times))
@@ -91,7 +96,7 @@ def title(arguments: argparse.Namespace, gigabytes: float) -> list[str]:
         f"## Conversion beside cp, {datetime.date.today()}",
         "",
         f"`{command}`: {gigabytes:.2f} GB in bf16. {machine}; {versions}.",
-        "Synced writes, warm cache, the median of the rounds' ratios.",
+        "Synced writes, warm cache, the median of the rounds' ratios; neither verification nor the import of torch is counted.",
         "",
     ]
 

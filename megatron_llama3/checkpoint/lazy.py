@@ -118,7 +118,7 @@ def reorder_rows(tensor: LazyTensor, order: torch.Tensor) -> LazyTensor:
     def rows(start: int, stop: int) -> torch.Tensor:
         wanted = order[start:stop]
         first, last = int(wanted.min()), int(wanted.max())
-        return tensor.rows(first, last + 1)[wanted - first]
+        return tensor.rows(first, last + 1).index_select(0, wanted - first)
 
     return LazyTensor(tensor.shape, tensor.dtype, rows)
 
