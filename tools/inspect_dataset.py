@@ -97,6 +97,8 @@ def print_summary(dataset: IndexedDataset) -> None:
     if dataset.num_sequences != dataset.num_documents:
         print(f"sequences    {dataset.num_sequences:,}")
     print(f"tokens       {dataset.num_tokens:,}")
+    if dataset.largest_id is not None:
+        print(f"largest id   {dataset.largest_id}")
     if dataset.num_documents:
         names, lengths = ["shortest", "10%", "median", "90%", "99%", "longest"], dataset.document_lengths
         values = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 0.99, 1], method="lower")

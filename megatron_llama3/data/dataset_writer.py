@@ -48,6 +48,7 @@ class IndexedDatasetWriter:
         if self.dtype not in DTYPE_CODES.values() or self.dtype.kind not in "iu":
             raise UserError(f"{prefix}: dtype {self.dtype} is none of Megatron's integer types")
         self.num_sequences = self.num_documents = self.num_tokens = 0
+        self._largest_id = -1
         self._open_length = 0  # tokens of the document that append_tokens has begun
         self._checksums = BlockChecksums()
         self._has_origins = self._named = False
@@ -91,6 +92,7 @@ class IndexedDatasetWriter:
         with self._clear_errors():
             self._tokens.write(data)
         self._checksums.update(data)
+        self._largest_id = max(self._largest_id, int(ids.max()) if ids.size else -1)
         self.num_tokens += ids.size
         return ids.size
 
@@ -124,8 +126,10 @@ class IndexedDatasetWriter:
         self._write_tokens(flat_ids)
         self._add_sequences(lengths, np.arange(1, len(lengths) + 1), origins)
 
-    def add_file(self, path: str | Path, lengths: np.ndarray, origins: np.ndarray) -> None:
-        """Documents whose ids, end to end in this writer's dtype, are the bytes of a file. lengths [n] in tokens, origins int64 [n, 3]."""
+    def add_file(self, path: str | Path, lengths: np.ndarray, origins: np.ndarray, largest_id: int) -> None:
+        """Documents whose ids, end to end in this writer's dtype, are the bytes of a file. lengths [n] in tokens, origins int64 [n, 3];
+        largest_id: the largest of the ids, -1 where there are none.
+        """
         expected = int(lengths.sum())
         if lengths.size and lengths.max() > np.iinfo(np.int32).max:
             raise _too_long(self.prefix, lengths.max())
@@ -137,6 +141,7 @@ class IndexedDatasetWriter:
                 self._checksums.update(buffer[:size])
         if self._checksums.bytes - before != expected * self.dtype.itemsize:
             raise ValueError(f"{path} holds {self._checksums.bytes - before} bytes, its documents {expected} tokens")
+        self._largest_id = max(self._largest_id, largest_id)
         self.num_tokens += expected
         self._add_sequences(lengths, np.arange(1, len(lengths) + 1), origins)
 
@@ -194,6 +199,7 @@ class IndexedDatasetWriter:
         if self._has_origins:
             files["sources.npy"] = checksum_file(self._partial("sources.npy"))
         counts = {"dtype": self.dtype.name, "sequences": self.num_sequences, "documents": self.num_documents, "tokens": self.num_tokens}
+        counts["largest_id"] = self._largest_id
         with open(self._partial("json"), "wb") as file:
             file.write(sidecar_bytes({**counts, "files": files, "sources": sources, "metadata": metadata}))
             _sync(file)

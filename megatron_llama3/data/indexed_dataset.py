@@ -130,6 +130,11 @@ class IndexedDataset:
         """Where each document came from, int64 [D, 3] as `sidecar.py` describes, or None where that was not recorded."""
         return read_origins(self.prefix, self.num_documents)
 
+    @property
+    def largest_id(self) -> int | None:
+        """The largest token id, -1 without tokens, or None where the sidecar does not say."""
+        return (self.sidecar or {}).get("largest_id")
+
     @cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits that name the content wherever the files lie: the whole index and 16 samples of the tokens."""

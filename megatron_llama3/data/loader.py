@@ -161,8 +161,8 @@ def build_train_and_valid_streams(config: RunConfig) -> tuple[TrainingStream, Tr
 
     def build(entries: list[str], flag: str, split: str | None, part: int) -> TrainingStream:
         prefixes, weights = parse_data_path(entries, flag)
-        sources, integers = open_sources(prefixes, weights, config.training.seed, data.data_cache_path, split, part)
         vocab_size, seed = config.model.vocab_size, config.training.seed
+        sources, integers = open_sources(prefixes, weights, vocab_size, seed, data.data_cache_path, split, part)
         return TrainingStream(sources, integers, vocab_size, seed, data.reset_position_ids, data.loss_across_documents)
 
     if data.train_data_path:

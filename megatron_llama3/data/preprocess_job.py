@@ -135,7 +135,7 @@ class Assembler:
         for i, writer in enumerate(self._writers):
             shard = self._folder.path / f"{number:06d}.{i}"
             docs = np.fromfile(f"{shard}.docs", np.int64).reshape(-1, 4)
-            writer.add_file(f"{shard}.bin", docs[:, 0], docs[:, 1:])
+            writer.add_file(f"{shard}.bin", docs[:, 0], docs[:, 1:], stats.largest_ids[i])
         for source, row, byte, reason in stats.rejected:
             self._reject(source, unit, row, byte, reason)
         for source, lines in stats.lines:

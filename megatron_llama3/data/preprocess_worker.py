@@ -53,8 +53,12 @@ class ShardSpec:
 
 @dataclass
 class ShardStats:
-    """What a shard's .json says. rejected: [source, line within the piece (row of the file), byte, reason]; lines: [source, lines]."""
+    """What a shard's .json says. rejected: [source, line within the piece (row of the file), byte, reason]; lines: [source, lines].
 
+    largest_ids: of each key, -1 without tokens.
+    """
+
+    largest_ids: list[int]
     documents: int = 0
     tokens: int = 0
     characters: int = 0
@@ -74,6 +78,7 @@ class KeyWriter:
         self._extra = len(spec.prepend) + len(spec.append)
         self._tokens, self._docs = (open(f"{path}.{name}", "wb", buffering=0) for name in ("bin", "docs"))  # noqa: SIM115
         self._crcs = [0, 0]
+        self.largest_id = -1
         self._begun = 0
 
     def _write(self, file: int, data: np.ndarray) -> None:
@@ -81,6 +86,10 @@ class KeyWriter:
         self._crcs[file] = zlib.crc32(view, self._crcs[file])
         while len(view):
             view = view[(self._tokens, self._docs)[file].write(view) :]
+
+    def _write_ids(self, ids: np.ndarray) -> None:
+        self._write(0, ids)
+        self.largest_id = max(self.largest_id, int(ids.max()) if ids.size else -1)
 
     def add_documents(self, ids: list[np.ndarray], origins: list[tuple[int, int, int]]) -> tuple[int, int]:
         """Whole documents; returns (tokens written, tokens of the longest)."""
@@ -98,18 +107,18 @@ class KeyWriter:
             flat[begin:end] = document
             position = end + after
             flat[end:position] = self._append
-        self._write(0, flat)
+        self._write_ids(flat)
         self._write(1, docs)
         return len(flat), int(docs[:, 0].max())
 
     def begin(self) -> None:
         """Starts a document too long to hold; `undo` voids it."""
-        self._before = (self._tokens.tell(), self._crcs[0])
+        self._before = (self._tokens.tell(), self._crcs[0], self.largest_id)
         self._begun = 0
         self.extend(self._prepend)
 
     def extend(self, ids: np.ndarray) -> None:
-        self._write(0, np.ascontiguousarray(ids, self._dtype))
+        self._write_ids(np.ascontiguousarray(ids, self._dtype))
         self._begun += len(ids)
 
     def end(self, origin: tuple[int, int, int]) -> int:
@@ -118,9 +127,9 @@ class KeyWriter:
         return self._begun
 
     def undo(self) -> None:
-        self._tokens.seek(self._before[0])
+        size, self._crcs[0], self.largest_id = self._before
+        self._tokens.seek(size)
         self._tokens.truncate()
-        self._crcs[0] = self._before[1]
 
     def close(self) -> dict[str, list[int]]:
         """{file: [bytes, crc32]} of the two files."""
@@ -138,12 +147,13 @@ class ShardMaker:
 
     def make(self, number: int, unit: Unit) -> None:
         """Writes shard `number`. Raises FatalRecordError at a bad record where the job stops at those."""
-        self.stats = ShardStats(input_crc=unit.input_crc)
+        self.stats = ShardStats([], input_crc=unit.input_crc)
         self.writers = {key: KeyWriter(f"{self.spec.folder}/{number:06d}.{i}", self.spec) for i, key in enumerate(self.spec.keys)}
         for piece in unit.pieces:
             self._read_piece(piece)
         for writer in self.writers.values():
             self.stats.files |= writer.close()
+            self.stats.largest_ids.append(writer.largest_id)
         write_whole(Path(self.spec.folder, f"{number:06d}.json"), json.dumps(asdict(self.stats)).encode())
 
     def _read_piece(self, piece: Piece) -> None:

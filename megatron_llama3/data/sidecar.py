@@ -2,7 +2,7 @@
 
 PREFIX.json
     {"format": "megatron_llama3 sidecar", "version": 1,
-     "dtype": "uint16", "sequences": 3, "documents": 3, "tokens": 42,
+     "dtype": "uint16", "sequences": 3, "documents": 3, "tokens": 42, "largest_id": 511,
      "files": {"bin": {"bytes": 84, "crc32": [one for every 64 MiB]}, "idx": {...}, "sources.npy": {...}},
      "sources": [{"path": "corpus/a.jsonl.gz", "unit": "bytes"}, ...],
      "metadata": {anything the writing tool wants to keep: its flags, the tokenizer's hash}}

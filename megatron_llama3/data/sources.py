@@ -59,17 +59,24 @@ def split_bounds(split: str, num_documents: int) -> list[tuple[int, int]]:
 
 
 def open_sources(
-    prefixes: list[str], weights: list[Fraction] | None, seed: int, cache_path: str | None, split: str | None, part: int
+    prefixes: list[str],
+    weights: list[Fraction] | None,
+    vocab_size: int,
+    seed: int,
+    cache_path: str | None,
+    split: str | None,
+    part: int,
 ) -> tuple[list[PackedDocuments], list[int]]:
     """The streams of one part of the split (0 training, 1 validation) and their integer weights; without weights, by number of tokens.
 
     A dataset too small to have a document in validation is left out of it with a warning. Raises UserError where nothing is left, where
-    a dataset has no training document, or where two prefixes hold the same data.
+    a dataset has no training document or a token id beyond the vocabulary, or where two prefixes hold the same data.
     """
     sources, kept_weights = [], []
     seen: dict[str, str] = {}
     for prefix, weight in zip(prefixes, weights or [None] * len(prefixes)):
         dataset = IndexedDataset(prefix)
+        _check_vocabulary(dataset, vocab_size)
         if twin := seen.get(dataset.fingerprint):
             raise UserError(f"{prefix}: the same data as {twin}, which is in this blend already; give it once, with the sum of the weights")
         seen[dataset.fingerprint] = prefix
@@ -86,3 +93,12 @@ def open_sources(
     if not any(kept_weights):
         raise UserError(f"{' '.join(prefixes)}: nothing to validate on (--split {split}); give it a larger share, or set --eval-iters 0")
     return sources, integer_weights(kept_weights)
+
+
+def _check_vocabulary(dataset: IndexedDataset, vocab_size: int) -> None:
+    """Refuses now what would otherwise stop the run at the first batch with such a token; Megatron's own files are held to it by batch."""
+    if dataset.largest_id is not None and dataset.largest_id >= vocab_size:
+        raise UserError(
+            f"{dataset.bin_path}: holds token ids up to {dataset.largest_id}, --vocab-size {vocab_size} ends before; "
+            "set --vocab-size to that of its tokenizer, or preprocess with the model's tokenizer"
+        )

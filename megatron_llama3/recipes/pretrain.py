@@ -11,6 +11,7 @@ import time
 
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.run import RunConfig
+from megatron_llama3.tokenizer.llama3 import check_vocabulary_size
 from megatron_llama3.training.failures import run_and_exit
 from megatron_llama3.training.stop import StopReasons
 
@@ -18,6 +19,8 @@ from megatron_llama3.training.stop import StopReasons
 def pretrain(config: RunConfig) -> int:
     """Returns the exit status, see training/failures.py."""
     since, stop = time.time(), StopReasons(config)
+    if config.data.tokenizer_model is not None:
+        check_vocabulary_size(config.data.tokenizer_model, config.model.vocab_size)
     # Imported here, so that refusals and dry runs take no seconds of torch.
     import torch.distributed as dist
 

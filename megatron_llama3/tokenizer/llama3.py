@@ -144,6 +144,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(ranks, specials)
 
 
+def check_vocabulary_size(path: str | Path, vocab_size: int) -> None:
+    """Raises UserError where a tokenizer, of Llama 3's kind or any that a tokenizer.json holds, has ids that a model lacks."""
+    file = tokenizer_file(path)
+    if file.suffix != ".json":
+        entries = len(read_tiktoken(file)) + NUM_SPECIAL_TOKENS
+    else:
+        try:
+            data = json.loads(file.read_bytes())
+            entries = 1 + max([*data["model"]["vocab"].values(), *(token["id"] for token in data.get("added_tokens", []))])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"--tokenizer-model {file}: not a tokenizer.json with a vocabulary") from None
+    if entries > vocab_size:
+        raise UserError(f"--tokenizer-model {path} has {entries} entries, --vocab-size {vocab_size} is smaller: raise it, or name another")
+
+
 def _check_specials(path: Path, n_bpe: int, specials: dict[str, int]) -> None:
     if sorted(specials.values()) != list(range(n_bpe, n_bpe + NUM_SPECIAL_TOKENS)):
         raise UserError(f"{path}: {len(specials)} special tokens; Llama 3 has 256, ids {n_bpe}..{n_bpe + 255} after the BPE ranks")

@@ -90,7 +90,7 @@ def test_a_file_of_ids_is_taken_whole_or_refused(tmp_path):
     ids, lengths, origins = np.arange(700_000, dtype=np.int32), np.array([699_000, 0, 1000]), np.arange(9).reshape(3, 3)
     ids.tofile(tmp_path / "ids")
     for prefix, add in (
-        ("a", lambda writer: writer.add_file(tmp_path / "ids", lengths, origins)),
+        ("a", lambda writer: writer.add_file(tmp_path / "ids", lengths, origins, 699_999)),
         ("b", lambda writer: writer.add_documents(ids, lengths, origins)),
     ):
         with IndexedDatasetWriter(tmp_path / prefix, np.int32) as writer:
@@ -99,7 +99,7 @@ def test_a_file_of_ids_is_taken_whole_or_refused(tmp_path):
     for part in ("bin", "idx", "sources.npy", "json"):
         assert (tmp_path / f"a.{part}").read_bytes() == (tmp_path / f"b.{part}").read_bytes()
     with IndexedDatasetWriter(tmp_path / "c", np.int32) as writer, pytest.raises(ValueError, match="its documents"):
-        writer.add_file(tmp_path / "ids", lengths + 1, origins)
+        writer.add_file(tmp_path / "ids", lengths + 1, origins, 699_999)
 
 
 def test_leaving_without_finalize_leaves_no_file(tmp_path):

@@ -46,8 +46,18 @@ def test_bad_data_paths_are_refused(entries):
 def test_without_weights_datasets_blend_by_their_tokens(tmp_path):
     for name, lengths in (("a", [10, 20]), ("b", [60])):
         write_dataset(tmp_path / name, numbered_documents(lengths))
-    _, weights = open_sources([str(tmp_path / "a"), str(tmp_path / "b")], None, 1, None, None, 0)
+    _, weights = open_sources([str(tmp_path / "a"), str(tmp_path / "b")], None, 10_000, 1, None, None, 0)
     assert weights == [1, 2]
+
+
+def test_a_dataset_beyond_the_vocabulary_is_refused_at_the_start(tmp_path):
+    prefix = str(tmp_path / "a")
+    write_dataset(prefix, [np.array([5, 900, 3]), np.array([7])])
+    with pytest.raises(UserError, match=r"a.bin: holds token ids up to 900, --vocab-size 900 ends before"):
+        open_sources([prefix], None, 900, 1, None, None, 0)
+    open_sources([prefix], None, 901, 1, None, None, 0)
+    (tmp_path / "a.json").unlink()  # as Megatron's own: held to the vocabulary batch by batch
+    open_sources([prefix], None, 900, 1, None, None, 0)
 
 
 def test_what_cannot_be_blended_is_refused(tmp_path, caplog):
@@ -56,13 +66,13 @@ def test_what_cannot_be_blended_is_refused(tmp_path, caplog):
     write_dataset(b, numbered_documents([3] * 20))
     write_dataset(empty, [])
     with pytest.raises(UserError, match="the same data"):
-        open_sources([a, b], None, 1, None, None, 0)
+        open_sources([a, b], None, 10_000, 1, None, None, 0)
     with pytest.raises(UserError, match="empty: documents 0 to 0 of its 0 hold no token"):
-        open_sources([a, empty], None, 1, None, None, 0)
+        open_sources([a, empty], None, 10_000, 1, None, None, 0)
     with pytest.raises(UserError, match="nothing to validate on"):
-        open_sources([a], None, 1, None, "99,1,0", 1)
+        open_sources([a], None, 10_000, 1, None, "99,1,0", 1)
     write_dataset(b, numbered_documents([3] * 200))
-    sources, _ = open_sources([a, b], None, 1, None, "99,1,0", 1)
+    sources, _ = open_sources([a, b], None, 10_000, 1, None, "99,1,0", 1)
     assert [(source.first, source.last) for source in sources] == [(198, 200)]
     assert "validation goes without" in caplog.text
     assert np.array_equal(np.sort(sources[0].read(0, 6, 1000).tokens), np.arange(594, 600))

@@ -15,6 +15,7 @@ from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
 from megatron_llama3.planning.local_ranks import RankFailedError, run_ranks
 from megatron_llama3.recipes.pretrain import pretrain
+from megatron_llama3.tokenizer.llama3 import Tokenizer
 from megatron_llama3.training import loop, stop
 
 VOCABULARY = 101
@@ -161,12 +162,14 @@ def test_asynchronous_saves_beside_what_ranks_agree_on_every_step(data, tmp_path
 
 
 def test_another_tokenizer_is_refused(data, tmp_path):
-    for name in ("first", "second"):
-        (tmp_path / name).write_text(name)
-    base = f"{MODEL} --data-path {data} --save {tmp_path / 'run'} --load {tmp_path / 'run'}"
+    for name, last in (("first", b"aa"), ("second", b"bb")):
+        Tokenizer({bytes([i]): i for i in range(256)} | {last: 256}).save(tmp_path / name)
+    base = f"{MODEL} --vocab-size 513 --data-path {data} --save {tmp_path / 'run'} --load {tmp_path / 'run'}"
     run(f"{base} --train-iters 1 --tokenizer-model {tmp_path / 'first'}")
     with pytest.raises(RankFailedError, match=r"UserError: --tokenizer-model .*second is another one"):
         run(f"{base} --train-iters 2 --tokenizer-model {tmp_path / 'second'}")
+    with pytest.raises(RankFailedError, match=r"UserError: --tokenizer-model .*first has 513 entries, --vocab-size 512 is smaller"):
+        run(f"{base} --train-iters 2 --vocab-size 512 --tokenizer-model {tmp_path / 'first'}")
 
 
 def test_non_finite_loss_is_an_error(data, tmp_path):

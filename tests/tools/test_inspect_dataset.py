@@ -55,6 +55,7 @@ def test_counts_and_documents(prefix, inspect):
     assert code == 0
     assert "documents    60" in out
     assert "dtype        uint16" in out
+    assert "largest id   249\n" in out
     assert "document 7, 25 tokens, corpus.jsonl bytes 70 to 79\n  70 114 111 109" in out
     assert [line.split(",")[0] for line in out.splitlines() if line.startswith("document ")] == ["document 7", "document 15", "document 45"]
 

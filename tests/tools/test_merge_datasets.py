@@ -51,6 +51,7 @@ def test_the_bytes_are_megatrons(tmp_path, shards, monkeypatch, capsys):
 def test_sources_and_notes_come_along(tmp_path, shards, monkeypatch):
     merge(monkeypatch, "--input", shards / "c", shards / "a", shards / "c", "--output-prefix", tmp_path / "ours")
     merged = IndexedDataset(tmp_path / "ours")
+    assert merged.largest_id == max(map(max, map(merged.document, np.flatnonzero(merged.document_lengths))))
     assert merged.origins[:2].tolist() == [[0, 10, 20], [1, 0, 30]]
     assert merged.origins[2:43].tolist() == [[-1, 0, 0]] * 41
     assert merged.origins[43:].tolist() == [[2, 10, 20], [3, 0, 30], [-1, 0, 0]]

@@ -87,6 +87,7 @@ def test_workers_and_units_do_not_change_the_bytes(tmp_path, monkeypatch):
         job = options(tmp_path, path, prefix=f"by{workers}", workers=workers)
         preprocess(job)
         assert output_bytes(job) == output_bytes(whole)
+        assert IndexedDataset(f"{job.prefix}_text_document").largest_id == max(map(max, decoded(job)))
 
 
 @pytest.mark.slow
@@ -157,6 +158,7 @@ def test_documents_longer_than_memory_should_hold(form, tmp_path, monkeypatch):
     summary, _ = preprocess(job)
     assert decoded(job) == expected_ids(texts)
     assert (summary.documents, summary.characters) == (len(texts), sum(map(len, texts)))
+    assert IndexedDataset(f"{job.prefix}_text_document").largest_id == max(map(max, expected_ids(texts)))
     if form == ".jsonl":
         origins = IndexedDataset(f"{job.prefix}_text_document").origins
         assert [json.loads(plain[start:end])["text"] for _, start, end in origins] == texts

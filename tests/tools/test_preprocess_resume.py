@@ -1,10 +1,13 @@
 """tools/preprocess_data.py killed at every write, out of disk, robbed of a worker, and run twice at once."""
 
+import dataclasses
 import io
 import itertools
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -152,6 +155,34 @@ def test_a_full_disk_is_a_clear_error_and_resumable(job, limit, tmp_path):
     assert not list(tmp_path.glob("out_text_document.*"))
     preprocess(job)
     assert _made(job) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_is_a_clear_error_and_resumable(job, small_disk, tmp_path):
+    """What the file-size limit above cannot show: no byte left for the notes of what failed either."""
+    job, expected = job
+    job = dataclasses.replace(job, output_prefix=str(small_disk / "out"))
+    status, message = run(job)
+    assert status == 2
+    assert "No space left on device" in message
+    assert "the same command continues" in message
+    assert not list(small_disk.glob("out_text_document.*"))
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    assert list(small_disk.glob("out.preprocess/*.json"))  # what it made is kept
+    preprocess(job)
+    assert _made(job) == expected
+    assert [path.name for path in small_disk.glob("out*") if "partial" in path.name or "preprocess" in path.name] == []
 
 
 def test_two_runs_on_one_output_refuse_each_other(job, tmp_path):

@@ -1,0 +1,23 @@
+"""For every test: the user's cache is left alone."""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+_kept = os.environ.get("XDG_CACHE_HOME")
+
+
+def pytest_configure(config):
+    """Before any test module is imported, as some copy the environment for the tools that they start."""
+    # What DeepSpeed compiles takes a minute, so that alone is kept from one test run to the next.
+    compiled = Path(_kept or Path.home() / ".cache", "torch_extensions", f"py{sys.version_info.major}{sys.version_info.minor}_tests")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled))
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="megatron_llama3-test-cache-")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ.pop("XDG_CACHE_HOME"), ignore_errors=True)
+    if _kept is not None:
+        os.environ["XDG_CACHE_HOME"] = _kept
