@@ -66,6 +66,10 @@ def preprocess(options: PreprocessOptions) -> tuple[Summary, list[str]]:
                 done = _run_job(options, sources, tokenizer, description, folder)
             except OSError as error:
                 raise UserError(f"cannot write {error.filename or options.prefix}: {error.strerror}; {_RESUME}") from error
+            except UserError as error:
+                if isinstance(error.__cause__, OSError):  # the dataset's writer, which does not know that this job can continue
+                    raise UserError(f"{error}; {_RESUME}") from error
+                raise
         folder.remove()
     return done, outputs
 

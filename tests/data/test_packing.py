@@ -111,9 +111,9 @@ def _read_with_cache(prefix, cache, barrier, results) -> None:
 def test_ranks_that_start_at_once_share_one_cache(tmp_path):
     dataset = write_dataset(tmp_path / "a", random_documents(20_000, seed=1))
     context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(6), context.Queue()
+    barrier, results = context.Barrier(8), context.Queue()
     arguments = (str(tmp_path / "a"), str(tmp_path / "cache"), barrier, results)
-    ranks = [context.Process(target=_read_with_cache, args=arguments) for _ in range(6)]
+    ranks = [context.Process(target=_read_with_cache, args=arguments) for _ in range(8)]
     for rank in ranks:
         rank.start()
     expected = PackedDocuments(dataset, 0, 20_000, seed=1).read(1000, 5000, 60000).tokens.tolist()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.tokenizer.llama3 import SPECIAL_TOKENS, load_tokenizer
+from megatron_llama3.tokenizer.llama3 import SPECIAL_TOKENS, check_vocabulary_size, load_tokenizer
 from megatron_llama3.tokenizer.vocabulary_files import huggingface_json, write_tiktoken
 from tests.tokenizer.texts import ALL, NASTY
 from tests.tokenizer.vocabularies import TEXTS, meta_model_path, meta_vocabulary, small_vocabulary
@@ -138,6 +138,20 @@ def test_a_foreign_tokenizer_json_is_refused(tmp_path, spoil, message):
     path.write_text(spoil(path.read_text()))
     with pytest.raises(UserError, match=message):
         load_tokenizer(path)
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
+    vocabulary = small_vocabulary()
+    vocabulary.save(tmp_path)
+    foreign = tmp_path / "foreign.json"  # of another family: what counts is its largest id
+    foreign.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 1023}]}))
+    for path in (tmp_path, tmp_path / "tokenizer.model", tmp_path / "tokenizer.json", foreign):
+        check_vocabulary_size(path, vocabulary.vocab_size)
+        with pytest.raises(UserError, match=r"--tokenizer-model .* has 1024 entries, --vocab-size 1023 is smaller"):
+            check_vocabulary_size(path, vocabulary.vocab_size - 1)
+    foreign.write_text("[]")
+    with pytest.raises(UserError, match="foreign.json: not a tokenizer.json"):
+        check_vocabulary_size(foreign, 1)
 
 
 def test_a_damaged_tokenizer_model_is_refused(tmp_path):
