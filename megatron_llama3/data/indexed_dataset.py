@@ -9,11 +9,11 @@ the size of PREFIX.bin, and against the checksum in PREFIX.json where there is o
 import hashlib
 import os
 import struct
-import zlib
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.data.dataset_writer import DTYPE_CODES, HEADER_BYTES, MAGIC, IndexedDatasetWriter, dtype_for_vocab_size
@@ -142,7 +142,7 @@ class IndexedDataset:
         crc = 0
         with open(self.idx_path, "rb") as file:
             while chunk := file.read(4 << 20):
-                crc = zlib.crc32(chunk, crc)
+                crc = crc32(chunk, crc)
         digest.update(struct.pack("<QQQI", self.num_sequences, self.num_documents, self.num_tokens, crc))
         for sample in range(16):
             start = (self.num_tokens - 1024) * sample // 15 if self.num_tokens > 1024 else 0

@@ -8,12 +8,13 @@ import json
 import multiprocessing
 import os
 import signal
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+
+from zlib_ng.zlib_ng import crc32
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.data.indexed_dataset import dtype_for_vocab_size
@@ -146,7 +147,7 @@ def _spooled(folder: JobFolder, sources: list[Source]) -> Iterator[Unit]:
                 cut = chunk.rfind(b"\n") + 1 if sources[0].kind == "jsonl" else 0
                 part, rest = (chunk[:cut], chunk[cut:]) if cut else (chunk, b"")
                 file.write(part)
-                size, crc = size + len(part), zlib.crc32(part, crc)
+                size, crc = size + len(part), crc32(part, crc)
                 if cut or not chunk:
                     break
         if size:

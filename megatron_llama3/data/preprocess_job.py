@@ -8,11 +8,11 @@ import fcntl
 import json
 import os
 import shutil
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.data.indexed_dataset import IndexedDatasetWriter
@@ -94,7 +94,7 @@ def _bytes_and_crc(path: Path) -> list[int]:
     try:
         with open(path, "rb", buffering=0) as file:
             while chunk := file.read(4 << 20):
-                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+                size, crc = size + len(chunk), crc32(chunk, crc)
     except FileNotFoundError:
         return [-1, 0]
     return [size, crc]

@@ -7,7 +7,6 @@ JOB/000012.i.bin (token ids) and JOB/000012.i.docs (int64 [documents, 4]: tokens
 import codecs
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import orjson
+from zlib_ng.zlib_ng import crc32
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.data.preprocess_inputs import Piece, Source, Unit, decompression_errors, open_source
@@ -83,7 +83,7 @@ class KeyWriter:
 
     def _write(self, file: int, data: np.ndarray) -> None:
         view = memoryview(data).cast("B")
-        self._crcs[file] = zlib.crc32(view, self._crcs[file])
+        self._crcs[file] = crc32(view, self._crcs[file])
         while len(view):
             view = view[(self._tokens, self._docs)[file].write(view) :]
 

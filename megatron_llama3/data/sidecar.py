@@ -13,11 +13,11 @@ PREFIX.sources.npy
 
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32  # ten times as fast as zlib's
 
 from megatron_llama3.config.errors import UserError
 
@@ -39,7 +39,7 @@ class BlockChecksums:
         view = memoryview(buffer).cast("B")
         while len(view):
             piece = view[: CHECKSUM_BLOCK_BYTES - self.bytes % CHECKSUM_BLOCK_BYTES]
-            self._crc = zlib.crc32(piece, self._crc)
+            self._crc = crc32(piece, self._crc)
             self.bytes += len(piece)
             if self.bytes % CHECKSUM_BLOCK_BYTES == 0:
                 self._finished.append(self._crc)
@@ -81,7 +81,7 @@ def describe_damaged_block(path: str | Path, expected: dict[str, Any], block: in
     start = block * CHECKSUM_BLOCK_BYTES
     with open(path, "rb") as file:
         file.seek(start)
-        crc = zlib.crc32(file.read(CHECKSUM_BLOCK_BYTES))
+        crc = crc32(file.read(CHECKSUM_BLOCK_BYTES))
     return None if crc == expected["crc32"][block] else f"{path}: bytes {start} to {min(start + CHECKSUM_BLOCK_BYTES, size)} are damaged"
 
 

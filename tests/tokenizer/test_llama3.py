@@ -150,7 +150,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"--tokenizer-model .* has 1024 entries, --vocab-size 1023 is smaller"):
             check_vocabulary_size(path, vocabulary.vocab_size - 1)
     foreign.write_text("[]")
-    with pytest.raises(UserError, match="foreign.json: not a tokenizer.json"):
+    with pytest.raises(UserError, match=r"foreign\.json: not a tokenizer\.json"):
         check_vocabulary_size(foreign, 1)
 
 
