@@ -84,10 +84,9 @@ class IndexedDataset:
         self._one_sequence_each = self.num_documents == self.num_sequences
         for start in range(0, len(borders), _CHUNK):
             chunk = borders[start : start + _CHUNK + 1]
-            steps = np.diff(chunk)
-            if len(steps) and steps.min() < 0:
-                raise self._damaged(f"document borders decrease within documents {start} to {start + len(steps)}")
-            self._one_sequence_each &= bool((steps == 1).all())
+            if (chunk[1:] < chunk[:-1]).any():  # compared, since a difference of damaged borders may overflow
+                raise self._damaged(f"document borders decrease within documents {start} to {start + len(chunk) - 1}")
+            self._one_sequence_each &= bool((np.diff(chunk) == 1).all())
         if self.sidecar is None:
             return
         if damage := describe_damage(self.idx_path, self.sidecar["files"]["idx"], checksum_file(self.idx_path)):

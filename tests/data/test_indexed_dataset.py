@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
@@ -202,6 +202,7 @@ def _read_all(prefix: Path) -> list[list[int]] | None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(0, 160), patch=st.binary(min_size=1, max_size=40))
+@example(start=128, patch=b"\x00\x01\x00\x00\x00\x00\x00\x00\x00\x81")  # borders so far apart that their difference overflows
 def test_an_overwritten_index_never_reads_wrong(intact, start, patch):
     original = (intact[0] / "checked.idx").read_bytes()
     start %= len(original)
