@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from megatron_llama3.checkpoint.gguf import open_gguf
+from megatron_llama3.checkpoint.huggingface import export_hf, open_hf
+from megatron_llama3.checkpoint.native import open_native, write_native
 from megatron_llama3.inference.engine import InferenceEngine
 from megatron_llama3.inference.sampling import GREEDY
 from megatron_llama3.planning.local_ranks import run_ranks
@@ -37,14 +39,23 @@ def smollm2():
     return gguf, prompts, expected
 
 
-def _generate(file, prompts):
-    with loaded(open_gguf(file), torch.float32) as model:
+def _generate(source, prompts):
+    with loaded(source, torch.float32) as model:
         return [completion.token_ids for completion in InferenceEngine(model).generate(prompts, NEW_TOKENS, GREEDY)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 3])
-def test_greedy_text_equals_transformers(smollm2, tp):
+def test_greedy_text_equals_transformers(smollm2, tmp_path, tp):
+    """One rank generates from the file after gguf -> hf -> native, several from the file itself."""
     file, prompts, expected = smollm2
-    for result in run_ranks(tp, _generate, file, prompts):
+    source = _converted(file, tmp_path) if tp == 1 else open_gguf(file)
+    for result in run_ranks(tp, _generate, source, prompts):
         assert result == expected
+
+
+def _converted(file, folder):
+    export_hf(open_gguf(file), folder / "hf")
+    (folder / "native").mkdir()
+    write_native(open_hf(folder / "hf"), folder / "native")
+    return open_native(folder / "native")

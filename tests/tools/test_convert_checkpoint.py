@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ import torch
 
 from megatron_llama3.checkpoint.huggingface import open_hf
 from megatron_llama3.checkpoint.huggingface_config import config_to_hf
-from megatron_llama3.checkpoint.native import open_native
+from megatron_llama3.checkpoint.meta import write_meta
+from megatron_llama3.checkpoint.native import open_native, write_native
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.sharding import weight_table
+from megatron_llama3.tokenizer.llama3 import Tokenizer
 from tests.checkpoint import conftest
 from tools import convert_checkpoint
 
@@ -62,6 +65,34 @@ def test_dtype_and_shards(make_hf, tmp_path, monkeypatch):
     assert len(shards) == 3
     assert shards[0]["layers.0.attention.wo.weight"].shape == (48, 16)
     assert {tensor.dtype for shard in shards for tensor in shard.values()} == {torch.bfloat16}
+
+
+def test_exported_folder_is_complete(make_hf, tmp_path, monkeypatch, capsys):
+    """From a native checkpoint come all files that transformers asks for, and a vocabulary of 513 rows stays one, padded to nothing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, tokenizer = make_hf(vocab_size=513), Tokenizer({bytes([i]): i for i in range(256)} | {b"ab": 256})
+    tokenizer.save(tmp_path / "tokenizer", chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
+    (tmp_path / "tokenizer" / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true, "eos_token_id": [257, 265]}')
+    native, out = tmp_path / "native", tmp_path / "out"
+    convert(monkeypatch, "--from", "hf", "--to", "native", "--load", folder, "--save", native, "--tokenizer-model", tmp_path / "tokenizer")
+    convert(monkeypatch, "--from", "native", "--to", "hf", "--load", native, "--save", out)
+    assert "note:" not in capsys.readouterr().out
+    files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
+    assert {path.name for path in out.iterdir()} == files
+    model, theirs = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (513, 48)
+    assert (model.generation_config.temperature, model.generation_config.eos_token_id) == (0.6, [257, 265])
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == len(theirs) == tokenizer.vocab_size == 513
+    assert theirs.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "[user] ab"
+
+
+def test_no_verify_reads_nothing_back(make_hf, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("megatron_llama3.checkpoint.verify.side_logits", lambda *arguments: pytest.fail("read back"))
+    convert(monkeypatch, "--from", "hf", "--to", "native", "--load", make_hf(), "--save", tmp_path / "out", "--no-verify")
+    out = capsys.readouterr().out
+    assert "verified" not in out
+    assert out.strip().endswith(f"done: {tmp_path / 'out'}")
 
 
 def test_wrong_result_is_caught_before_it_has_its_name(make_hf, tmp_path, monkeypatch, capsys):
@@ -159,6 +190,43 @@ def test_disk_that_fills_up_is_one_line(tmp_path, target):
     assert leftovers(tmp_path, "big") == []
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(bytes) -> folder on a file system of its own of that size."""
+    mounted = []
+
+    def mount(size):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        refused = subprocess.run(command, capture_output=True, text=True)
+        if refused.returncode:
+            pytest.skip(f"mounting a small file system needs root: {refused.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["native", "hf", "meta"])
+@pytest.mark.parametrize("missing_bytes", [0, 4096])
+def test_full_disk(tmp_path, monkeypatch, capsys, small_disk, target, missing_bytes):
+    """A disk with room for the weights but not for their headers fills up while writing; a page less is refused at the start."""
+    folder, _ = big_model(tmp_path / "big", layers=2)
+    size = open_hf(folder).nbytes()
+    disk = small_disk(-(-size // 4096) * 4096 - missing_bytes)
+    with pytest.raises(SystemExit) as status:
+        convert(monkeypatch, "--from", "hf", "--to", target, "--load", folder, "--save", disk / "out", "--no-verify")
+    error = capsys.readouterr().err
+    assert status.value.code == 2
+    assert ("GB are needed and" if missing_bytes else "No space left on device while writing; nothing was kept") in error
+    assert error.count("\n") == 1
+    assert list(disk.iterdir()) == []
+
+
 LIMITED = """
 import resource, sys
 from megatron_llama3.checkpoint import gguf, huggingface, meta, native, verify
@@ -173,14 +241,19 @@ convert_checkpoint.exit_on_user_error(convert_checkpoint.main)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["native", "hf", "meta"])
-def test_memory_is_bounded(tmp_path, target):
+@pytest.mark.parametrize(("source", "target"), [("hf", "native"), ("hf", "hf"), ("hf", "meta"), ("native", "meta"), ("meta", "hf")])
+def test_memory_is_bounded(tmp_path, source, target):
     """Files of 0.57 GB in 128 MB more of anonymous memory than the imports take (RLIMIT_DATA does not count read-only mapped files)."""
     folder, size = big_model(tmp_path / "big", layers=17)
     extra = 128 << 20
     assert size > 4 * extra
+    if source != "hf":
+        write = {"native": write_native, "meta": partial(write_meta, num_shards=2)}[source]
+        (tmp_path / source).mkdir()
+        write(open_hf(folder), tmp_path / source)
+        folder = tmp_path / source
     program = LIMITED.format(tools=str(TOOL.parent), extra=extra)
-    arguments = ["--from", "hf", "--to", target, "--load", folder, "--save", tmp_path / "out", "--no-verify", "--workers", 2]
+    arguments = ["--from", source, "--to", target, "--load", folder, "--save", tmp_path / "out", "--no-verify", "--workers", 2]
     arguments += ["--dtype", "float32"] if target == "native" else []  # the conversion of a dtype is bounded too
     environment = os.environ | {"PYTHONPATH": str(TOOL.parent.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], env=environment, capture_output=True, text=True)
