@@ -18,7 +18,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("pipeline", metavar="PIPELINE.yaml", help="input, blocks in order, output: docs/curation.md")
     parser.add_argument("--output", required=True, metavar="DIR", help="a new folder, or one that this command began")
     parser.add_argument("--executor", choices=["local", "slurm", "ray"], default="local", help="where tasks run")
-    parser.add_argument("--tasks", type=int, default=1, help="parts that the input is cut into; the documents are the same under any number")
+    parser.add_argument("--tasks", type=int, default=1, help="parts of the input; the documents are the same under any number")
     parser.add_argument("--workers", type=int, help="tasks at a time (default: all)")
     parser.add_argument("--report", metavar="FILE.html", help="a page that shows the funnel, with samples of what was dropped")
     return parser.parse_args(arguments)

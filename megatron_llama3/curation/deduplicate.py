@@ -111,7 +111,7 @@ class LineDedup(GlobalBlock):
     """Removes every copy of a line that is seen more than `times` times in its bucket of `bucket` successive documents, as the paper does.
 
     Lines are compared as ccNet does, without case, punctuation and accents, and with every number 0; lines without a word stay. A document
-    that has no line left is dropped. within: a metadata key (such as `language`); lines count only with those of equal values.
+    that has no other lines left is dropped. within: a metadata key (such as `language`); lines count only with those of equal values.
     """
 
     def __init__(self, times: int = 6, bucket: int = 30_000_000, within: str | None = None):
@@ -202,9 +202,10 @@ class DropLines(BaseFilter):
         lines = doc.text.split("\n")
         keys = line_keys(lines, self._words, _group(doc, self.within))
         found = self._keys[np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)] == keys
-        if found.any():
-            doc.text = "\n".join(line for line, drop in zip(lines, found) if not drop)
-        return True if doc.text.strip() else (False, "no line left")
+        if not found.any():
+            return True
+        doc.text = "\n".join(line for line, drop in zip(lines, found) if not drop)
+        return True if keys[~found].any() else (False, "no line left")
 
     def _load(self, bucket: int) -> np.ndarray:
         """Sorted, with a last key that no line has, so that it is never empty."""

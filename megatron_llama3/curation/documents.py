@@ -15,7 +15,7 @@ _SUFFIXES = {"zstd": "jsonl.zst", "none": "jsonl"}
 
 
 class WriteDocuments(PipelineStep):
-    """Writes `FOLDER/RANK.jsonl[.zst]`, {"text", "id", "metadata"} a line, and passes the documents on. A task without documents writes too."""
+    """Writes `FOLDER/RANK.jsonl[.zst]`, {"text", "id", "metadata"} a line, also without documents, and passes the documents on."""
 
     type = "WRITER"
     name = "documents"

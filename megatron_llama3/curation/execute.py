@@ -40,7 +40,7 @@ from megatron_llama3.curation.stages import Stage, build_stages, funnel
 
 _ROOT = str(Path(__file__).parents[2])
 _PR_SET_PDEATHSIG = 1
-_OURS = ("self", "pipeline", "tasks", "workers", "logging_dir", "depends", "depends_job_id", "skip_completed", "job_name", "job_id_retriever")
+_OURS = ("pipeline", "tasks", "workers", "logging_dir", "depends", "depends_job_id", "skip_completed", "job_name", "job_id_retriever")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ExecutorOptions:
 
 
 def curate(pipeline: Pipeline, output: str, options: ExecutorOptions, say: Callable[[str], None] = print) -> list[Tally]:
-    """Runs what is not done yet, and returns the funnel. Raises UserError, also where a task failed; the same call then goes on from there."""
+    """Runs what is not done yet, and returns the funnel. Raises UserError, also where a task failed; the same call goes on from there."""
     folder = Path(os.path.abspath(output))
     sources = pipeline.input.sources()
     with _locked(folder):
@@ -86,7 +86,7 @@ def _claim(folder: Path, pipeline: Pipeline, sources: list, tasks: int) -> None:
     claim = {**pipeline.work, "tasks": tasks, "sources": [[source.path, source.size, source.mtime_ns] for source in sources]}
     claim = json.loads(json.dumps(claim, default=str))
     if not path.exists():
-        if foreign := sorted(entry.name for entry in folder.iterdir() if entry.name != ".lock" and not entry.name.startswith(".pipeline.json")):
+        if foreign := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith((".lock", ".pipeline.json"))):
             raise UserError(f"--output {folder}: holds {foreign[0]}, which is not a curation's; choose an empty folder")
         with whole_file(path) as file:
             file.write(json.dumps(claim, indent=1).encode())
@@ -181,7 +181,8 @@ def _run_on_ray(stages: list[Stage], logs: Path, options: ExecutorOptions, pipel
     arguments = {"mem_per_cpu_gb": 0.5, **_executor_arguments("ray", given, RayPipelineExecutor)}
     started = not ray.is_initialized()
     if started:
-        cluster = {"address": address} if address else {"num_cpus": options.workers * arguments.get("cpus_per_task", 1), "include_dashboard": False}
+        here = {"num_cpus": options.workers * arguments.get("cpus_per_task", 1), "include_dashboard": False}
+        cluster = {"address": address} if address else here
         environment = {"PYTHONPATH": os.pathsep.join([_ROOT, os.environ.get("PYTHONPATH", "")])}
         ray.init(**cluster, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
 

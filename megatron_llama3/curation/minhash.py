@@ -1,7 +1,7 @@
 """Near-duplicate documents by MinHash, in datatrove's four stages: signatures, candidates, clusters, filter.
 
-Signatures are rensa's, over hashes of word n-grams. Documents that agree in all rows of a band are candidates; a candidate pair counts if the
-share of equal signature slots, an estimate of the Jaccard similarity, reaches the threshold. Of each cluster the earliest document stays.
+Signatures are rensa's, over hashes of word n-grams. Documents that agree in all rows of a band are candidates; a candidate pair counts if
+the share of equal signature slots, an estimate of the Jaccard similarity, reaches the threshold. Of a cluster the earliest document stays.
 """
 
 import os
@@ -29,8 +29,8 @@ _VERIFY_PAIRS = 1 << 15
 class MinhashDedup(GlobalBlock):
     """Drops documents whose word n-grams are those of an earlier document, up to a Jaccard similarity of `threshold`.
 
-    A pair of similarity s becomes a candidate with probability 1 - (1 - s^rows)^bands, and is then judged by bands * rows slots. Slots are kept
-    as bytes. within: a metadata key (such as `language`); only documents of equal values are compared.
+    A pair of similarity s becomes a candidate with probability 1 - (1 - s^rows)^bands, and is then judged by bands * rows slots, kept as
+    bytes. within: a metadata key (such as `language`); only documents of equal values are compared.
     """
 
     def __init__(self, threshold: float = 0.72, ngram: int = 5, bands: int = 32, rows: int = 8, within: str | None = None, seed: int = 1):
@@ -75,7 +75,7 @@ def band_keys(signature: np.ndarray, bands: int) -> np.ndarray:
 
 
 class WriteSignatures(PipelineStep):
-    """First stage: `RANK.records`, a key for each band, and `RANK.signatures`, uint8 [documents, slots] (zeros for a text without words)."""
+    """First stage: `RANK.records`, a key for each band, and `RANK.signatures`, uint8 [documents, slots] (zeros for no words)."""
 
     type = "DEDUP"
     name = "MinHash signatures"
@@ -119,7 +119,7 @@ class WriteSignatures(PipelineStep):
 
 
 class FindPairs(PipelineStep):
-    """Second stage: documents of equal band keys in this task's partition, verified; `RANK.npy`: int64 [pairs, 2], (document, earliest)."""
+    """Second stage: pairs of equal band keys in this task's partition, verified; `RANK.npy`: int64 [pairs, 2], (document, earliest)."""
 
     type = "DEDUP"
     name = "MinHash pairs"
@@ -183,7 +183,7 @@ def components(pairs: np.ndarray) -> np.ndarray:
 
 
 class FindClusters(PipelineStep):
-    """Third stage, one task: clusters of all partitions' pairs; `00000.npy`: the documents to drop. Its memory is that of the duplicates."""
+    """Third stage, one task: clusters of all pairs; `00000.npy`: the documents to drop. Its memory grows with the duplicates only."""
 
     type = "DEDUP"
     name = "MinHash clusters"

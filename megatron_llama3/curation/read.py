@@ -1,6 +1,7 @@
-"""The input: any files, cut into tasks by bytes. What is no document is listed with the reason, never fatal and never dropped in silence."""
+"""The input, cut into tasks by bytes. What is no document is listed with the reason: never fatal, never dropped in silence."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Input:
             raise UserError(f"input.format is {self.format!r}: choose from jsonl, files")
         expanded = expand_inputs([os.path.abspath(path) for path in self.path], "auto" if self.format == "jsonl" else "text")
         if wrong := [source.path for source in expanded if self.format == "jsonl" and source.kind != "jsonl"]:
-            raise UserError(f"input.path: {wrong[0]} is not .jsonl, .json or .ndjson (also .gz, .zst); for one document a file, format: files")
+            raise UserError(f"input.path: {wrong[0]} is not .jsonl, .json or .ndjson (also .gz, .zst); 'format: files' takes any")
         return expanded
 
 
@@ -62,7 +63,7 @@ class ReadInput(PipelineStep):
                         yield found
                     else:
                         rejected.write(orjson.dumps({"path": source.path, "byte": byte, "reason": found}, option=orjson.OPT_APPEND_NEWLINE))
-                        self.tally.drops(f"{source.path}:{byte}", found, found.split(":")[0], 0)
+                        self.tally.drops(f"{source.path}:{byte}", found, re.split(": | at byte ", found)[0], 0)
 
     def _read(self, source: Source, start: int, end: int) -> Iterator[tuple[int, Document | str]]:
         """(byte, a document or why there is none)."""
@@ -87,7 +88,7 @@ class ReadInput(PipelineStep):
             if not text.strip():
                 raise BadRecordError("empty text")
         except UnicodeDecodeError as error:
-            return f"invalid UTF-8: at byte {error.start}"
+            return f"invalid UTF-8 at byte {error.start}"
         except BadRecordError as error:
             return str(error)
         return Document(text, source.path, metadata={"file_path": source.path})

@@ -1,4 +1,4 @@
-"""The funnel as text and as one HTML page: documents and characters after each block, reasons, and samples of what was dropped or changed."""
+"""The funnel as text and as one HTML page: what is left after each block, reasons, and samples of what was dropped or changed."""
 
 from html import escape
 
@@ -8,12 +8,15 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; background: #fff }
 h1 { font-size: 1.5rem } .note { color: #5a6675 }
 table { border-collapse: collapse; width: 100% } th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #dde3ea }
-th:first-child, td:first-child { text-align: left } td.bar { width: 34%; min-width: 8rem } td.bar div { height: .95rem; border-radius: 2px }
+th:first-child, td:first-child { text-align: left }
+td.bar { width: 34%; min-width: 8rem } td.bar div { height: .95rem; border-radius: 2px }
 .kept { background: #3b7dd8 } .characters { background: #9cc0ee; margin-top: 2px; height: .4rem !important }
 section { margin-top: 2rem } h2 { font-size: 1.15rem; margin-bottom: .3rem } ul { margin: .3rem 0 } details { margin: .3rem 0 }
-summary { cursor: pointer } pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f9; padding: .6rem; border-radius: 4px; margin: .3rem 0 }
+summary { cursor: pointer }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f9; padding: .6rem; border-radius: 4px }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem } .id { font-family: monospace; font-size: .85rem; color: #5a6675 }
-@media (prefers-color-scheme: dark) { body { background: #14181e; color: #dde3ea } pre { background: #1e252e } th, td { border-color: #2c3642 } }
+@media (prefers-color-scheme: dark) { body { background: #14181e; color: #dde3ea } pre { background: #1e252e }
+  th, td { border-color: #2c3642 } }
 """
 
 
@@ -26,7 +29,8 @@ def report_text(rows: list[Tally]) -> str:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(row.reasons.items(), key=lambda item: -item[1])[:4])
         more = f", and {len(row.reasons) - 4} more reasons" if len(row.reasons) > 4 else ""
         lines.append(
-            f"{row.name:<{width}}  {row.documents_out:>11,} of {row.documents_in:>11,} documents ({share:5.1f}%)  {row.characters_out:>14,} characters"
+            f"{row.name:<{width}}  {row.documents_out:>11,} of {row.documents_in:>11,} documents ({share:5.1f}%)"
+            f"  {row.characters_out:>14,} characters"
             + (f"  changed {row.changed:,}" if row.changed else "")
             + (f"  dropped: {reasons}{more}" if reasons else "")
         )

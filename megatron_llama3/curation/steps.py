@@ -21,7 +21,7 @@ class Search(NamedTuple):
 
 
 class GlobalBlock(ABC):
-    """A block whose verdict on a document needs the whole corpus: it collects in every task, searches, then goes over the documents again."""
+    """A block whose verdict on a document needs the whole corpus: it collects, searches, and goes over the documents again."""
 
     @abstractmethod
     def collect(self, folder: str, partitions: int) -> PipelineStep:

@@ -7,7 +7,8 @@ import xxhash
 from datatrove.utils.text import simplify_text
 
 # Scripts written without spaces between words: Thai, Lao, Burmese, Khmer, kana, CJK ideographs. Each character is a word.
-_UNSPACED = re.compile("([\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
+_RANGES = "\\u0e01-\\u0eff\\u1000-\\u109f\\u1780-\\u17ff\\u3041-\\u30ff\\u3400-\\u4dbf\\u4e00-\\u9fff\\uf900-\\ufaff\\U00020000-\\U0003ffff"
+_UNSPACED = re.compile(f"([{_RANGES}])")
 _MAX_KNOWN = 1 << 20
 _MAX_KNOWN_LENGTH = 64  # longer ones are rarely seen twice
 
