@@ -74,7 +74,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, no child keeps it when this process is killed
             yield
     except BlockingIOError:
         raise UserError(f"--output {folder}: another run is at work in it") from None
@@ -153,7 +153,7 @@ def _run_here(stages: list[Stage], logs: Path, options: ExecutorOptions, pipelin
 
 
 def _die_with_parent() -> None:
-    """datatrove's manager process would outlive a killed run for ever, with its lock."""
+    """datatrove's manager process would outlive a killed run for ever."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         os.register_at_fork(after_in_child=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from megatron_llama3.curation.observe import Tally
 from megatron_llama3.curation.pipeline import load_pipeline
 from megatron_llama3.curation.steps import GlobalBlock
 
-WORDS = ["the", "a", "tensor", "mesh", "rank", "copies", "shards", "gradient", "of", "every", "layer", "before", "it", "sends", "what", "waits"]
+WORDS = ["the", "a", "tensor", "mesh", "rank", "copies", "shards", "gradient", "of", "every", "layer", "before", "it", "sends", "what"]
 
 _LETTERS = str.maketrans("0123456789", "abcdefghij")  # numbers are all the same to deduplication
 
@@ -89,6 +90,7 @@ def killed_at(publish: int, pipeline: str, output: Path, tasks: int) -> bool:
             run(pipeline, output, tasks=tasks)
             os._exit(0)
         except BaseException:
+            traceback.print_exc()
             os._exit(1)
     status = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0

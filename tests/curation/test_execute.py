@@ -56,10 +56,10 @@ def test_any_number_of_tasks_gives_the_same_documents(pipeline, expected, tmp_pa
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_the_same(pipeline, expected, tmp_path):
     output, kills = tmp_path / "out", 0
-    while killed_at(4, pipeline, output, tasks=2):
+    while killed_at(6, pipeline, output, tasks=2):
         kills += 1
-        assert not (output / "documents").exists() or (output / "report.json").exists() or kills > 5
-    assert kills > 5
+        assert kills < 40, "no start gets further than the one before"
+    assert kills > 3
     assert written(output) == expected
     assert [path for path in output.glob("documents/*") if path.name.startswith(".")] == []
 
