@@ -63,6 +63,8 @@ def curate(pipeline: Pipeline, output: str, options: ExecutorOptions, say: Calla
             run = {"local": _run_here, "slurm": _run_on_slurm, "ray": _run_on_ray}[options.kind]
             run(stages, folder / "work" / "stages", options, pipeline, say)
             if not (folder / "documents").exists():
+                for aside in (folder / "work" / "documents").glob(".*"):  # of tasks that were killed
+                    aside.unlink()
                 os.rename(folder / "work" / "documents", folder / "documents")
             with whole_file(folder / "report.json") as file:
                 file.write(json.dumps([asdict(row) for row in funnel(stages)], ensure_ascii=False, indent=1).encode())
