@@ -115,8 +115,10 @@ def test_ray_gives_the_same_documents(pipeline, expected, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="no Slurm here (scripts/slurm_local.sh up)")
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="no Slurm here: bash scripts/slurm_local.sh up, then source its env.sh")
 def test_slurm_gives_the_same_documents(pipeline, expected, tmp_path):
+    if subprocess.run(["squeue"], capture_output=True).returncode:
+        pytest.skip("no Slurm answers: bash scripts/slurm_local.sh up, then source its env.sh")
     run(pipeline, tmp_path / "out", "slurm", tasks=3, workers=2)
     assert written(tmp_path / "out") == expected
 
