@@ -63,9 +63,12 @@ def test_chinese_without_spaces(tmp_path):
 
 
 def test_slots_agree_as_often_as_the_sets_are_similar():
-    words, text = WordHashes(), prose(3, 500).replace("\n", " ")
-    one, other = signatures([words.of_text(text), words.of_text(changed(text, 50))], 5, 4096, 1)
-    assert abs(np.mean(one == other) - 446 / 546) < 0.03
+    words, shares = WordHashes(), []
+    for seed in range(30):
+        text = prose(seed, 500).replace("\n", " ")
+        one, other = signatures([words.of_text(text), words.of_text(changed(text, 50))], 5, 256, 1)
+        shares.append(np.mean(one == other))
+    assert abs(np.mean(shares) - 446 / 546) < 0.02  # four standard errors of 30 estimates by 256 slots
 
 
 @settings(max_examples=50, deadline=None)
