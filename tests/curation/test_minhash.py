@@ -14,7 +14,7 @@ from tests.curation.runs import documents, prose, through
 def changed(text: str, words: int) -> str:
     """The last `words` words replaced: of n words with 5-grams, the similarity is (n - 4 - words) / (n - 4 + words)."""
     tokens = text.split(" ")
-    return " ".join(tokens[:-words] + [f"other{chr(97 + i)}" for i in range(words)])
+    return " ".join(tokens[:-words] + [f"other{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(words)])
 
 
 @pytest.fixture
