@@ -39,7 +39,7 @@ def plain_manual(source: str) -> str:
             paragraphs, words = [*paragraphs, " ".join(words)], [heading[1].strip('"')] if heading else []
         elif line.startswith((".", "'")):
             if re.match(r"^\.(?:[BIR]{1,2}|SM|SB|Nm|Ar|Fl|Xr|Pa|Cm|Dv|Va)\s", line):
-                words.append(re.sub(r'(?<!\\)"| (?=[.,;:)])', "", line.split(None, 1)[1]))
+                words.append(re.sub(r'(?<!\\)"| (?=[.,;:)])', "", line.partition(" ")[2]))
             continue
         else:
             words.append(line)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.tokenizer.vocabulary_files import write_whole
+from megatron_llama3.curation.files import whole_file
 
 # Goes up whenever words, hashes or features change: an old model would read noise.
 FEATURES_VERSION = 1
@@ -19,8 +19,8 @@ def save_classifier(path: str | Path, kind: str, config: dict, arrays: dict[str,
     description = {"kind": kind, "features": FEATURES_VERSION, "config": config, "sha256": _checksum(arrays)}
     buffer = io.BytesIO()
     np.savez(buffer, description=np.frombuffer(json.dumps(description).encode(), dtype=np.uint8), **arrays)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(Path(path), buffer.getvalue())
+    with whole_file(path) as file:
+        file.write(buffer.getvalue())
 
 
 def load_classifier(path: str | Path):

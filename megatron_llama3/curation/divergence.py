@@ -25,7 +25,7 @@ class DivergenceFilter(GlobalBlock):
     min_words: shorter documents are not judged. The excess is left in `word_divergence`.
     """
 
-    def __init__(self, max_excess: float = 4.0, min_words: int = 20):
+    def __init__(self, max_excess: float = 3.0, min_words: int = 20):
         self.max_excess, self.min_words = max_excess, min_words
 
     def collect(self, folder: str, partitions: int) -> PipelineStep:
@@ -105,6 +105,8 @@ class WordDistribution:
         self.surprise = {word: float(-np.log(count / total)) for word, count in counts.items()}
         shares = np.array(sorted(counts.values(), reverse=True), dtype=np.float64)
         self.shares = shares / shares.sum()
+        self.cumulative = np.cumsum(self.shares)
+        self.cumulative[-1] = 1.0
         self._drawn_divergence: dict[int, float] = {}
 
     def excess(self, words: list[str]) -> float:
@@ -122,7 +124,10 @@ class WordDistribution:
 
     def _drawn(self, power: int) -> float:
         if power not in self._drawn_divergence:
-            draws = np.random.default_rng(power).multinomial(2**power, self.shares, size=_DRAWS) / 2**power
-            logs = np.log(np.where(draws > 0, draws / self.shares, 1.0))
-            self._drawn_divergence[power] = float((draws * logs).sum(1).mean())
+            rng, divergences = np.random.default_rng(power), []
+            for _ in range(max(_DRAWS, 2048 >> power)):
+                drawn = np.searchsorted(self.cumulative, rng.random(2**power), side="right")
+                words, counts = np.unique(drawn, return_counts=True)
+                divergences.append(float((counts * np.log(counts / 2**power / self.shares[words])).sum()) / 2**power)
+            self._drawn_divergence[power] = float(np.mean(divergences))
         return self._drawn_divergence[power]

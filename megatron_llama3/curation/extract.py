@@ -1,7 +1,8 @@
 """HTML to plain text: boilerplate out, mathematics as TeX and code with its lines and indentation kept (paper 3.1.1).
 
-Resiliparse parses and finds the main content. Formulas and code leave the tree before it does, each replaced by a mark, and come back verbatim
-afterwards; so neither its whitespace rules nor our removal of markdown markers (which hurt a model trained mostly on web text) can touch them.
+Resiliparse parses and lays out the text. What is boilerplate is decided here: its own rule for the main content loses a tenth of Debian's pages
+and keeps a third of what is planted around them (benchmarks/RESULTS.md). Formulas and code leave the tree first, each replaced by a mark, and come
+back verbatim; so neither whitespace rules nor the removal of markdown markers (which hurt a model trained mostly on web text) can touch them.
 Collections of nodes are sliced (`[:]`) before a loop: iterating over them is quadratic in resiliparse 2.0.
 """
 
@@ -18,20 +19,24 @@ from resiliparse.parse.html.node import ELEMENT, TEXT
 
 from megatron_llama3.curation.formulas import formulas
 
-_BOILERPLATE_TAGS = {"nav", "footer", "aside", "header", "dialog", "menu", "form", "noscript", "template", "button", "select"}
+_NEVER_CONTENT = {"nav", "footer", "dialog", "menu", "noscript", "template", "button", "select"}
+_BOILERPLATE_TAGS = {"aside", "header", "form"}
 _BOILERPLATE_ROLES = {"navigation", "banner", "contentinfo", "search", "dialog", "alertdialog", "complementary"}
+# Removed for their names, unless they hold much text; and those that go only where they lead away, since content is called so too.
+_OUTSIDE = (
+    "breadcrumbs?|navbar|navigation|navlinks?|docnav|share|sharing|social|newsletter|subscribe|signup|advert|advertisement|ads|sponsor(?:ed)?|"
+    "promo|promotion|popup|modal|pagination|pager|masthead|copyright|footer|sitefooter|disqus|login|editsection|mw-editsection|printfooter|"
+    "catlinks|noprint|headerlink|linenos|lineno|gutter"
+)
+_BESIDE = "sidebar|sphinxsidebar|related|recommended|toc|overlay|skip|widget|toolbar"
+_BANNER_NAME, _OUTSIDE_NAME, _BESIDE_NAME = (
+    re.compile(rf"(?:^|[\s_-])(?:{names})(?:$|[\s_-])", re.IGNORECASE) for names in ("cookies?|consent|gdpr", _OUTSIDE, _BESIDE)
+)
 _CONTENT_TAGS = {"main", "article", "h1"}
 _BLOCKS = {"ul", "ol", "dl", "table", "div", "p", "section", "center"}
-_NAMES = (
-    "breadcrumbs?|navbar|navigation|navlinks?|sidebar|sphinxsidebar|docnav|share|sharing|social|newsletter|subscribe|signup|related|"
-    "recommended|advert|advertisement|ads|sponsor(?:ed)?|promo|promotion|popup|modal|overlay|toc|pagination|pager|skip|masthead|copyright|"
-    "footer|sitefooter|disqus|login|widget|toolbar|editsection|mw-editsection|printfooter|catlinks|noprint|headerlink|linenos|lineno|gutter"
-)
-_BANNER_NAME = re.compile(r"(?:^|[\s_-])(?:cookies?|consent|gdpr)(?:$|[\s_-])", re.IGNORECASE)
-_BOILERPLATE_NAME = re.compile(rf"(?:^|[\s_-])(?:{_NAMES})(?:$|[\s_-])", re.IGNORECASE)
 _MOSTLY = 0.5  # an element with more than this share of the page's text is the page, whatever it is called
 _MENU_LINKS, _MENU_SHARE = 3, 0.8
-_PROSE, _SOME_LINKS = 600, 0.3  # this much text with fewer links is content in spite of its element's name
+_PROSE, _LABEL, _SOME_LINKS = 600, 40, 0.3  # this much text, with fewer links, is content in spite of its element's name
 _BOILERPLATE_LINE = re.compile(
     r"we use cookies|uses? cookies to|accept (?:all )?cookies|cookie (?:policy|settings|preferences)|privacy policy|terms of (?:use|service)|"
     r"all rights reserved|alle rechte vorbehalten|tous droits réservés|diese (?:web)?site (?:benutzt|verwendet) cookies|"
@@ -44,6 +49,7 @@ _LONGEST_BOILERPLATE_LINE = 250
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _EMPTY_LINES = re.compile(r"\n\s*\n\s*\n+")
+_DEEPEST = 400  # Python's stack ends at 1,000 calls
 _LINES_OF_CODE = "div, li, tr, p, .line"
 
 
@@ -62,7 +68,10 @@ class ExtractHtml(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         try:
             text = html_to_text(doc.text)
-        except (ValueError, RuntimeError, AttributeError, TypeError, UnicodeError):
+        except BaseException as error:
+            # resiliparse is Rust: what goes wrong inside it arrives as a PanicException, which is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             return False, "unreadable_html"
         if len(text) < max(1, self.min_characters):
             return False, "no_content"
@@ -85,9 +94,10 @@ def html_to_text(html: str) -> str:
     for element, tex in formulas(tree):
         element.replace_with(tree.create_text_node(f" {mark(tex)} " if tex else " "))
     _take_out_code(tree, mark)
-    _remove_boilerplate(tree.body)
+    whole = sum(_length(text) for text in [tree.body.text, *kept])
+    _prune(tree.body, _MOSTLY * whole, kept)
     options = {"alt_texts": True, "list_bullets": False, "links": False, "form_fields": False, "noscript": False, "comments": False}
-    text = extract_plain_text(tree, preserve_formatting=True, main_content=True, **options)
+    text = extract_plain_text(tree, preserve_formatting=True, **options)
     return _put_back(_clean_lines(text), kept).strip("\n")
 
 
@@ -125,20 +135,22 @@ class _Size:
         self.is_content |= other.is_content
 
 
-def _remove_boilerplate(body) -> None:
-    whole = len("".join((body.text or "").split()))
-    _prune(body, _MOSTLY * whole)
+def _length(text: str) -> int:
+    """Characters, spaces aside."""
+    return len("".join(text.split()))
 
 
-def _prune(element, most: float, in_link: bool = False) -> _Size:
+def _prune(element, most: float, kept: list[str], in_link: bool = False, depth: int = 0) -> _Size:
     """Removes the boilerplate below `element`, children first, in one pass; returns what is left. `most`: this much text is the page itself."""
+    if depth > _DEEPEST:
+        raise ValueError(f"elements nested more than {_DEEPEST} deep")
     size = _Size(is_content=element.tag in _CONTENT_TAGS)
     in_link = in_link or element.tag == "a"
     for child in element.child_nodes[:]:
         if child.type != ELEMENT:
-            size.text += len("".join((child.value or "").split())) if child.type == TEXT else 0
+            size.text += _length(_put_back(child.value or "", kept)) if child.type == TEXT else 0
             continue
-        below = _prune(child, most, in_link)
+        below = _prune(child, most, kept, in_link, depth + 1)
         if _is_boilerplate(child, below, most, in_link):
             child.remove()
         else:
@@ -151,23 +163,27 @@ def _prune(element, most: float, in_link: bool = False) -> _Size:
 def _is_boilerplate(element, size: _Size, most: float, in_link: bool) -> bool:
     if element.tag == "img":
         return in_link  # logos and icons that lead somewhere
-    if size.is_content or size.text > most or element.tag == "body":
+    if element.tag in _NEVER_CONTENT:
+        return True
+    if size.is_content or element.tag == "body":
         return False
-    if element.tag in _BOILERPLATE_TAGS or (element.getattr("role") or "") in _BOILERPLATE_ROLES:
-        return True
-    if _is_named_boilerplate(element, size):
-        return True
     # Menus and tables of contents: nearly all of the text is links.
-    return element.tag in _BLOCKS and size.links >= _MENU_LINKS and size.link_text >= _MENU_SHARE * size.text
+    if element.tag in _BLOCKS and size.links >= _MENU_LINKS and size.link_text >= _MENU_SHARE * size.text:
+        return True
+    if size.text > most:
+        return False
+    is_boilerplate = element.tag in _BOILERPLATE_TAGS or (element.getattr("role") or "") in _BOILERPLATE_ROLES
+    return is_boilerplate or _is_named_boilerplate(element, size)
 
 
 def _is_named_boilerplate(element, size: _Size) -> bool:
     classes = element.class_name or ""
     # A section's id is made of its heading: `shared-memory` is no share button.
     names = classes if element.tag == "section" or "section" in classes.split() else f"{classes} {element.id or ''}"
-    if _BANNER_NAME.search(names):
+    leads_away = size.link_text > _SOME_LINKS * size.text
+    if _BANNER_NAME.search(names) or (_BESIDE_NAME.search(names) and (leads_away or size.text < _LABEL)):
         return True
-    return bool(_BOILERPLATE_NAME.search(names)) and (size.text < _PROSE or size.link_text > _SOME_LINKS * size.text)
+    return bool(_OUTSIDE_NAME.search(names)) and (leads_away or size.text < _PROSE)
 
 
 def _clean_lines(text: str) -> str:
@@ -195,7 +211,7 @@ def without_markdown(line: str) -> str:
         line = _TRAILING_HASHES.sub("", line)
     line = _LINK.sub(r"\1", line)
     for _ in range(2):  # bold inside italic
-        line = _EMPHASIS.sub(r"\2", line)
+        line = _EMPHASIS.sub(lambda match: match[0] if match[1] == "__" and match[2].isidentifier() else match[2], line)
     return re.sub(r"(?<!`)(`{1,2})(?!`)([^`\n]+)\1(?!`)", r"\2", line)
 
 

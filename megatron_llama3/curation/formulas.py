@@ -80,6 +80,6 @@ def _mathml_to_tex(node) -> str:
         return f"\\begin{{matrix}} {' '.join(parts).rstrip(' ').removesuffix(chr(92) * 2)} \\end{{matrix}}"
     if tag == "mtr":
         return f"{' & '.join(parts)} \\\\"
-    if tag in _FORMS and len(parts) == _FORMS[tag].count("{}") or tag == "mroot" and len(parts) == 2:
+    if (tag in _FORMS and len(parts) == _FORMS[tag].count("{}")) or (tag == "mroot" and len(parts) == 2):
         return _FORMS[tag].format(*parts)
     return " ".join(part for part in parts if part)

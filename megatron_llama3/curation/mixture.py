@@ -137,7 +137,7 @@ class SampleMixture(BaseFilter):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         self._plans, shortages = plan_mixture(self._counted(), self.target, self.tokens, self.max_epochs)
         for line in shortages if rank == 0 else []:
-            logger.warning(f"mixture falls short: {line}")
+            logger.error(f"mixture falls short: {line}")
         for doc in super().run(data, rank, world_size):
             again = range(2, self._copies(doc) + 1)
             text, identity, metadata = doc.text, doc.id, dict(doc.metadata)

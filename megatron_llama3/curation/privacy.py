@@ -16,20 +16,21 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
 from megatron_llama3.curation.lists import read_lists
+from megatron_llama3.curation.plain_words import split_words
 from megatron_llama3.curation.steps import GlobalBlock, Search
 from megatron_llama3.curation.task_counts import read_task_counts, write_task_counts
-from megatron_llama3.curation.plain_words import split_words
 
 _EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
 _RESERVED_HOST = re.compile(r"(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local|localdomain|domain|host|tld)$", re.IGNORECASE)
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
-_VERSION_BEFORE = re.compile(r"(?:version|release|kernel|\bv|\br)[\s:=]*$", re.IGNORECASE)
+_HIGHEST_SECTION = 32  # numbers of versions and sections are smaller throughout; addresses are that hardly ever
 _CARD = re.compile(r"(?<![\w.-])[2-6]\d{3}(?:[ -]?\d{4}){2}[ -]?\d{1,7}(?![\w-]|\.\d)|(?<![\w.-])3[47]\d{2}[ -]?\d{6}[ -]?\d{5}(?![\w-])")
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
 _SOCIAL_SECURITY = re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
 _PHONE = re.compile(r"(?<![\w.:/+-])(?:\+\d{1,3}|\(?0\d|\(\d{3}\)|\d{3}(?=[ .-]\d{3}[ .-]\d{4}))[\d ()/.-]{5,20}\d(?![\w-]|\.\d)")
 # Punctuation that telephone numbers are written with; a bare run of digits is one only behind a +.
+_ARITHMETIC = re.compile(r" - |(\d)\1{5}")
 _SEPARATOR = re.compile(r"\d[ ()/.-]+\d")
 
 
@@ -99,7 +100,7 @@ def is_iban(number: str) -> bool:
 
 def is_phone_number(candidate: str, regions: list[str] = ()) -> bool:
     """Whether libphonenumber knows such a number: international ones with +, else written with separators as in one of the regions."""
-    if not candidate.startswith("+") and not _SEPARATOR.search(candidate):
+    if not candidate.startswith("+") and (not _SEPARATOR.search(candidate) or _ARITHMETIC.search(candidate)):
         return False
     for region in [None] if candidate.startswith("+") else regions:
         try:
@@ -111,7 +112,7 @@ def is_phone_number(candidate: str, regions: list[str] = ()) -> bool:
 
 
 def _is_public_address(match: re.Match) -> bool:
-    if _VERSION_BEFORE.search(match.string[max(0, match.start() - 12) : match.start()]):
+    if match.re is _IPV4 and all(int(part) < _HIGHEST_SECTION for part in match[0].split(".")):
         return False
     try:
         address = ipaddress.ip_address(match[0])

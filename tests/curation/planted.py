@@ -22,14 +22,8 @@ RIGHTS = {
     "zh": "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心,并应以兄弟关系的精神相对待。人人有权享有主张和发表意见的自由;此项权利包括持有主张而不受"
     "干涉的自由,和通过任何媒介和不论国界寻求、接受和传递消息和思想的自由。",
 }
-_WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem hand part place case week company "
-    "system program question work government number night point home water room mother area money story fact month lot right study book eye job word "
-    "business issue side kind head house service friend father power hour game line end member law car city community name president team minute idea "
-    "body information back parent face others level office door health person art war history party result change morning reason research girl guy "
-    "moment air teacher force education"
-).split()
-_VERBS = "makes takes gives finds tells asks seems feels leaves calls keeps holds brings writes sits stands loses pays meets includes leads".split()
+_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state", "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system", "program", "question", "work", "government", "number", "night", "point", "home", "water", "room", "mother", "area", "money", "story", "fact", "month", "lot", "right", "study", "book", "eye", "job", "word", "business", "issue", "side", "kind", "head", "house", "service", "friend", "father", "power", "hour", "game", "line", "end", "member", "law", "car", "city", "community", "name", "president", "team", "minute", "idea", "body", "information", "back", "parent", "face", "others", "level", "office", "door", "health", "person", "art", "war", "history", "party", "result", "change", "morning", "reason", "research", "girl", "guy", "moment", "air", "teacher", "force", "education"]
+_VERBS = ["makes", "takes", "gives", "finds", "tells", "asks", "seems", "feels", "leaves", "calls", "keeps", "holds", "brings", "writes", "sits", "stands", "loses", "pays", "meets", "includes", "leads"]
 BOILERPLATE_MARKS = ("cookies to improve", "Privacy policy", "Skip to content", "Recommended for you", "All rights reserved", "Share on", "Zqmenu")
 
 
