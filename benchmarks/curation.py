@@ -1,6 +1,7 @@
 """Recall and precision of each curation block on what is planted into real text, and what each does to the text as it was.
 
-    mkdir debs && cd debs && apt-get download manpages manpages-dev manpages-de manpages-fr manpages-ja manpages-zh linux-doc-6.1 debian-handbook
+    mkdir debs && cd debs
+    apt-get download manpages manpages-dev manpages-de manpages-fr manpages-ja manpages-zh linux-doc-6.1 debian-handbook
     for deb in *.deb; do dpkg -x $deb ../debian; done && cd ..
     python benchmarks/curation.py debian [--evaluation gsm8k_test.jsonl] [--blocks extract language ...]
 
@@ -31,7 +32,11 @@ OWN_BOILERPLATE = ("View page source", "Built with", "Documentation Site", "Prod
 def row(name: str, planted_items: int, found: int, false: int, untouched: int, seconds: float | None = None, documents: int = 0) -> None:
     precision = found / (found + false) if found + false else 1.0
     rate = f"{documents / seconds:,.0f}" if seconds else ""
-    print(f"| {name} | {planted_items:,} | {found / max(1, planted_items):.3f} | {precision:.3f} | {false / max(1, untouched):.4f} | {rate} |", flush=True)
+    print(
+        f"| {name} | {planted_items:,} | {found / max(1, planted_items):.3f} | {precision:.3f} "
+        f"| {false / max(1, untouched):.4f} | {rate} |",
+        flush=True,
+    )
 
 
 def judged(step, texts: list[str]) -> tuple[list[str | None], list[str], float]:
@@ -96,7 +101,10 @@ def extraction(folder: Path, flags) -> None:
             f"precision {sum(clean) / len(clean):.3f} | | {len(pages) / seconds:,.0f} |"
         )
         own = [(mark, extractor(page)) for page in originals for mark in OWN_BOILERPLATE if mark in page]
-        print(f"| {name}: the pages' own boilerplate removed | {len(own):,} | {sum(mark not in text for mark, text in own) / len(own):.3f} | | | |")
+        print(
+            f"| {name}: the pages' own boilerplate removed | {len(own):,} "
+            f"| {sum(mark not in text for mark, text in own) / len(own):.3f} | | | |"
+        )
         formulas_and_code(folder, name, extractor)
 
 
@@ -130,8 +138,11 @@ def heuristics(folder: Path, flags) -> None:
     reasons, texts, _ = judged(DuplicateNgramFilter(), inside)
     lines = sum(30 for reason in reasons if not reason)
     left = sum(text.count("ERROR worker") for text, reason in zip(texts, reasons) if not reason)
-    lost = sum(len(a) - 30 - len([line for line in b.split("\n") if "ERROR worker" not in line]) for a, b, r in
-               zip([text.split("\n") for text in inside], texts, reasons) if not r)
+    lost = sum(
+        len(a) - 30 - len([line for line in b.split("\n") if "ERROR worker" not in line])
+        for a, b, r in zip([text.split("\n") for text in inside], texts, reasons)
+        if not r
+    )
     row("duplicate n-grams: lines of logs in documents", lines, lines - left, lost, sum(len(t.split("\n")) for t in inside))
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as words:
         words.write("# made up\nsnorfle\nblargish deals\n")
@@ -164,9 +175,19 @@ def divergence(folder: Path, flags) -> None:
         seconds = time.process_time() - started
     false = sum(identity.startswith("good") for identity in reasons)
     for kind, texts in kinds.items():
-        row(f"divergence: {kind}", len(texts), sum(identity.startswith(kind) for identity in reasons), false, len(good), seconds, len(documents))
+        row(
+            f"divergence: {kind}",
+            len(texts),
+            sum(identity.startswith(kind) for identity in reasons),
+            false,
+            len(good),
+            seconds,
+            len(documents),
+        )
     values = sorted(doc.metadata.get("word_divergence", 0.0) for doc in documents if doc.id.startswith("good"))
-    print(f"|   excess of untouched pages, nats: median {values[len(values) // 2]:.2f}, 99% {values[int(len(values) * 0.99)]:.2f} | | | | | |")
+    print(
+        f"|   excess of untouched pages, nats: median {values[len(values) // 2]:.2f}, 99% {values[int(len(values) * 0.99)]:.2f} | | | | | |"
+    )
 
 
 def language(folder: Path, flags) -> None:
@@ -177,7 +198,12 @@ def language(folder: Path, flags) -> None:
         texts = {name: [cut(text, size) for text in texts] for name, texts in pages.items()}
         for name in pages:
             others = [text for other, texts_of in texts.items() if other != name for text in texts_of]
-            filter_row(f"language: others beside {name}, {f'{size} characters' if size else 'whole pages'}", LanguageFilter([name]), others, texts[name])
+            filter_row(
+                f"language: others beside {name}, {f'{size} characters' if size else 'whole pages'}",
+                LanguageFilter([name]),
+                others,
+                texts[name],
+            )
 
 
 def cut(text: str, size: int | None) -> str:
@@ -192,7 +218,10 @@ def quality(folder: Path, flags) -> None:
 
     rng = Random(4)
     good = [cut(text, 1500) for text in manual_pages(folder, "en", 6 * flags.documents)]
-    kinds = {"junk": lambda text: rng.choice([planted.repeated, planted.log, planted.gibberish])(rng), "shuffled words": lambda text: shuffled(text, rng)}
+    kinds = {
+        "junk": lambda text: rng.choice([planted.repeated, planted.log, planted.gibberish])(rng),
+        "shuffled words": lambda text: shuffled(text, rng),
+    }
     half = len(good) // 2
     for kind, spoil in kinds.items():
         bad = [spoil(text) for text in good]
@@ -209,7 +238,10 @@ def quality(folder: Path, flags) -> None:
             found = sum(score < 0.5 and not good_ for score, good_ in zip(scores, is_good))
             false = sum(score < 0.5 and good_ for score, good_ in zip(scores, is_good))
             row(f"quality, {name}: {kind}", len(bad) - half, found, false, len(good) - half, seconds, len(tested))
-            print(f"|   area under the curve {ranking_quality(scores, is_good):.4f}, trained on {len(texts):,} in {trained:.0f} CPU s | | | | | |")
+            print(
+                f"|   area under the curve {ranking_quality(scores, is_good):.4f}, "
+                f"trained on {len(texts):,} in {trained:.0f} CPU s | | | | | |"
+            )
 
 
 def shuffled(text: str, rng: Random) -> str:

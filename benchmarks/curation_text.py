@@ -7,7 +7,21 @@ from random import Random
 
 MANUAL_FOLDERS = {"en": "man", "de": "man/de", "fr": "man/fr", "ja": "man/ja", "zh": "man/zh_CN"}
 HANDBOOK_FOLDERS = {"en": "en-US", "de": "de-DE", "fr": "fr-FR", "ja": "ja-JP", "zh": "zh-CN"}
-_SPECIAL = {"(co": "©", "(bu": "•", "(em": "—", "(en": "–", "(aq": "'", "(dq": '"', "(lq": "“", "(rq": "”", "e": "\\", "-": "-", "(ga": "`", "(ha": "^", "(ti": "~"}
+_SPECIAL = {
+    "(co": "©",
+    "(bu": "•",
+    "(em": "—",
+    "(en": "–",
+    "(aq": "'",
+    "(dq": '"',
+    "(lq": "“",
+    "(rq": "”",
+    "e": "\\",
+    "-": "-",
+    "(ga": "`",
+    "(ha": "^",
+    "(ti": "~",
+}
 _ESCAPE = re.compile(r"\\(?:f(?:\[[^\]]*\]|\(..|.)|s[+-]?\d+|[&%|^c)/,:]|(\(..|e|-)|\*(?:\(..|\[[^\]]*\]|.)|\[[^\]]*\]|[ ~0])")
 _PARAGRAPH = re.compile(r"^\.(?:PP|P|LP|TP|IP|HP|RS|RE|Pp|br|sp|It|Bl|El|Bd|Ed)\b.*$")
 _HEADING = re.compile(r"^\.(?:SH|SS|Sh|Ss)\s+(.*)$")
@@ -45,14 +59,20 @@ def plain_manual(source: str) -> str:
             words.append(line)
         if heading or verbatim:
             paragraphs, words = [*paragraphs, " ".join(words)], []
-    lines = [_ESCAPE.sub(lambda match: _SPECIAL.get(match[1] or "", " " if match[0] in ("\\ ", "\\~", "\\0") else ""), p) for p in [*paragraphs, " ".join(words)]]
+    lines = [
+        _ESCAPE.sub(lambda match: _SPECIAL.get(match[1] or "", " " if match[0] in ("\\ ", "\\~", "\\0") else ""), p)
+        for p in [*paragraphs, " ".join(words)]
+    ]
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def html_pages(folder: Path, count: int, seed: int = 0) -> list[str]:
     """Pages of the kernel's documentation and of the handbook, in the proportion 3 to 1."""
     documents = folder / "usr/share/doc"
-    kernel, handbook = sorted((documents / "linux-doc-6.1/html").rglob("*.html")), sorted((documents / "debian-handbook/html/en-US").glob("s*.html"))
+    kernel, handbook = (
+        sorted((documents / "linux-doc-6.1/html").rglob("*.html")),
+        sorted((documents / "debian-handbook/html/en-US").glob("s*.html")),
+    )
     rng = Random(seed)
     chosen = [*rng.sample(kernel, min(len(kernel), count * 3 // 4)), *rng.sample(handbook, min(len(handbook), count // 4))]
     return [path.read_text(encoding="utf-8", errors="replace") for path in chosen]

@@ -34,11 +34,16 @@ def main() -> None:
     total = int(flags.train_tokens) if flags.train_tokens else None
     plans, shortages = plan_mixture({name: sum(datasets.values()) for name, datasets in sizes.items()}, target, total, flags.max_epochs)
     for name, plan in plans.items():
-        print(f"{name:<16} {plan.tokens:>18,} tokens  {plan.wanted:>18,} wanted  {plan.wanted / max(1, plan.tokens):8.3f} epochs", file=sys.stderr)
+        print(
+            f"{name:<16} {plan.tokens:>18,} tokens  {plan.wanted:>18,} wanted  {plan.wanted / max(1, plan.tokens):8.3f} epochs",
+            file=sys.stderr,
+        )
     for line in shortages:
         print(f"short: {line}", file=sys.stderr)
     shares = {name: target[name] / sum(target.values()) for name in sizes}
-    pairs = [(shares[n] * size / sum(sizes[n].values()), prefix) for n in sizes for prefix, size in sizes[n].items() if shares[n] * size > 0]
+    pairs = [
+        (shares[n] * size / sum(sizes[n].values()), prefix) for n in sizes for prefix, size in sizes[n].items() if shares[n] * size > 0
+    ]
     lines = [f"{weight:.8g} {prefix}" for weight, prefix in pairs]
     if flags.output:
         write_whole(Path(flags.output), ("\n".join(lines) + "\n").encode())

@@ -34,10 +34,14 @@ def main() -> None:
     texts, labels = read_examples(flags)
     sizes = {name: labels.count(name) for name in sorted(set(labels))}
     if len(sizes) < 2 or min(sizes.values()) < 10:
-        raise UserError(f"{flags.judgements or flags.domains}: has {sizes} examples of each class; give at least 10 of two classes (--min-score?)")
+        raise UserError(
+            f"{flags.judgements or flags.domains}: has {sizes} examples of each class; give at least 10 of two classes (--min-score?)"
+        )
     started = time.monotonic()
     held_out = np.random.default_rng(flags.seed).permutation(len(texts)) < max(1, len(texts) // 10)
-    model = train(flags.kind, [t for t, held in zip(texts, held_out) if not held], [n for n, held in zip(labels, held_out) if not held], flags.seed)
+    model = train(
+        flags.kind, [t for t, held in zip(texts, held_out) if not held], [n for n, held in zip(labels, held_out) if not held], flags.seed
+    )
     print(f"{flags.kind}: {sum(~held_out):,} texts, {sizes}, {time.monotonic() - started:.1f} s")
     report(model, [t for t, held in zip(texts, held_out) if held], [n for n, held in zip(labels, held_out) if held])
     model.save(flags.output)

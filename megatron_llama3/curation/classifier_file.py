@@ -1,4 +1,4 @@
-"""A trained classifier as one file: arrays and the configuration that they belong to, written whole or not at all, refused where they do not fit."""
+"""A trained classifier as one file: arrays and their configuration, written whole or not at all, refused where they do not fit."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ def save_classifier(path: str | Path, kind: str, config: dict, arrays: dict[str,
 
 
 def load_classifier(path: str | Path):
-    """A `LinearClassifier` or `EncoderClassifier`, as the file says. Raises UserError where it is no such file, of another version or damaged."""
+    """A `LinearClassifier` or `EncoderClassifier`, as the file says. Raises UserError where it is none, or damaged."""
     # Here, so that the classifiers may import this module to save themselves.
     from megatron_llama3.curation.encoder_classifier import EncoderClassifier
     from megatron_llama3.curation.linear_classifier import LinearClassifier

@@ -1,7 +1,7 @@
 """Training documents that hold evaluation examples, found by n-grams (paper 5.1.4: 8-grams, and a share of an example's tokens).
 
-The paper's measure turned round: an example is in a document if the n-grams that both have cover at least a given share of the example's words.
-So a common phrase drops nothing, and one question in a long document drops it.
+The paper's measure turned round: an example is in a document if the n-grams that both have cover at least a given share of
+the example's words. So a common phrase drops nothing, and one question in a long document drops it.
 """
 
 import json
@@ -39,7 +39,9 @@ class DecontaminationFilter(BaseFilter):
         self.index = EvaluationIndex(evaluation_sets, keys, ngram)
         self.min_share = min_share if isinstance(min_share, dict) else dict.fromkeys(evaluation_sets, min_share)
         if missing := set(evaluation_sets) - set(self.min_share):
-            raise UserError(f"min_share: has no value for {', '.join(sorted(missing))}; give one for each of evaluation_sets, or a single number")
+            raise UserError(
+                f"min_share: has no value for {', '.join(sorted(missing))}; give one for each of evaluation_sets, or a single number"
+            )
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         shares = self.index.shares(doc.text)

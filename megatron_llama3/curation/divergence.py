@@ -1,7 +1,7 @@
 """Outliers by their words: Kullback-Leibler divergence of a document's word distribution from the corpus's (paper 3.1.1).
 
-A short document diverges merely because it is short, so what is judged is the excess over a document of the same length whose words are drawn
-from the corpus itself. Each language (the metadata entry `language`, where there is one) is its own corpus.
+A short document diverges merely because it is short, so what is judged is the excess over a document of the same length whose
+words are drawn from the corpus itself. Each language (the metadata entry `language`, where there is one) is its own corpus.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The stronger classifier: a small bidirectional transformer over hashed words (the paper's DistilRoberta, without a pretrained model at hand).
+"""The stronger classifier: a small bidirectional transformer over hashed words (the paper has DistilRoberta, which is a download).
 
 Words within a text see each other, so order and negation count, which no bag of words has. It trains in about a minute on a CPU.
 """
@@ -55,7 +55,11 @@ class EncoderClassifier(nn.Module):
     def ids(self, text: str) -> torch.Tensor:
         """int64 [1 to max_words]; a text without words is the one id 1."""
         words = word_hashes(split_words(text)[: self.config.max_words])
-        return torch.from_numpy((words % np.uint64(self.config.buckets - 1)).astype(np.int64) + 1) if len(words) else torch.ones(1, dtype=torch.int64)
+        return (
+            torch.from_numpy((words % np.uint64(self.config.buckets - 1)).astype(np.int64) + 1)
+            if len(words)
+            else torch.ones(1, dtype=torch.int64)
+        )
 
     @classmethod
     def train_on(

@@ -1,8 +1,9 @@
 """HTML to plain text: boilerplate out, mathematics as TeX and code with its lines and indentation kept (paper 3.1.1).
 
-Resiliparse parses and lays out the text. What is boilerplate is decided here: its own rule for the main content loses a tenth of Debian's pages
-and keeps a third of what is planted around them (benchmarks/RESULTS.md). Formulas and code leave the tree first, each replaced by a mark, and come
-back verbatim; so neither whitespace rules nor the removal of markdown markers (which hurt a model trained mostly on web text) can touch them.
+Resiliparse parses and lays out the text. What is boilerplate is decided here: its own rule for the main content loses a twelfth of Debian's
+pages and keeps a quarter of what is planted around them (benchmarks/RESULTS.md). Formulas and code leave the tree first, each replaced by a
+mark, and come back verbatim; so neither whitespace rules nor the removal of markdown markers (which hurt a model trained mostly on web
+text) can touch them.
 Collections of nodes are sliced (`[:]`) before a loop: iterating over them is quadratic in resiliparse 2.0.
 """
 
@@ -24,8 +25,8 @@ _BOILERPLATE_TAGS = {"aside", "header", "form"}
 _BOILERPLATE_ROLES = {"navigation", "banner", "contentinfo", "search", "dialog", "alertdialog", "complementary"}
 # Removed for their names, unless they hold much text; and those that go only where they lead away, since content is called so too.
 _OUTSIDE = (
-    "breadcrumbs?|navbar|navigation|navlinks?|docnav|share|sharing|social|newsletter|subscribe|signup|advert|advertisement|ads|sponsor(?:ed)?|"
-    "promo|promotion|popup|modal|pagination|pager|masthead|copyright|footer|sitefooter|disqus|login|editsection|mw-editsection|printfooter|"
+    "breadcrumbs?|navbar|navigation|navlinks?|docnav|share|sharing|social|newsletter|subscribe|signup|advert|advertisement|ads|"
+    "sponsor(?:ed)?|promo|promotion|popup|modal|pagination|pager|masthead|copyright|footer|sitefooter|disqus|login|editsection|mw-editsection|printfooter|"
     "catlinks|noprint|headerlink|linenos|lineno|gutter"
 )
 _BESIDE = "sidebar|sphinxsidebar|related|recommended|toc|overlay|skip|widget|toolbar"
@@ -38,8 +39,9 @@ _MOSTLY = 0.5  # an element with more than this share of the page's text is the 
 _MENU_LINKS, _MENU_SHARE = 3, 0.8
 _PROSE, _LABEL, _SOME_LINKS = 600, 40, 0.3  # this much text, with fewer links, is content in spite of its element's name
 _BOILERPLATE_LINE = re.compile(
-    r"we use cookies|uses? cookies to|accept (?:all )?cookies|cookie (?:policy|settings|preferences)|privacy policy|terms of (?:use|service)|"
-    r"all rights reserved|alle rechte vorbehalten|tous droits réservés|diese (?:web)?site (?:benutzt|verwendet) cookies|"
+    r"we use cookies|uses? cookies to|accept (?:all )?cookies|cookie (?:policy|settings|preferences)|privacy policy|"
+    r"terms of (?:use|service)|all rights reserved|alle rechte vorbehalten|tous droits réservés|"
+    r"diese (?:web)?site (?:benutzt|verwendet) cookies|"
     r"ce site utilise des cookies|share (?:this|on)\b|subscribe to our|sign up for our|enable javascript|skip to (?:main )?content|"
     r"click here to|^(?:©|\(c\)|copyright)\s*(?:19|20)\d\d",
     re.IGNORECASE,
@@ -141,7 +143,7 @@ def _length(text: str) -> int:
 
 
 def _prune(element, most: float, kept: list[str], in_link: bool = False, depth: int = 0) -> _Size:
-    """Removes the boilerplate below `element`, children first, in one pass; returns what is left. `most`: this much text is the page itself."""
+    """Removes the boilerplate below `element`, children first, in one pass; returns what is left. most: so much text is the page itself."""
     if depth > _DEEPEST:
         raise ValueError(f"elements nested more than {_DEEPEST} deep")
     size = _Size(is_content=element.tag in _CONTENT_TAGS)

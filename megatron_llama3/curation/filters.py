@@ -23,8 +23,8 @@ class DuplicateNgramFilter(BaseFilter):
     """Drops repetitive lines, then documents that repeat themselves (`duplicate_ngrams`) or of which too little is left (`repeated_lines`).
 
     Numbers count as equal here, so that a log is what it is in spite of its time stamps: the paper's case, lines too unique for
-    deduplication by line. A line of at least `min_line_words` words goes where more than `line_coverage` of its words lie in `line_ngram`-grams that
-    the document has at least `line_repeats` times.
+    deduplication by line. A line of at least `min_line_words` words goes where more than `line_coverage` of its words lie in
+    `line_ngram`-grams that the document has at least `line_repeats` times.
 
     ngrams: (n, highest share of the characters of words that lie in an n-gram occurring more than once), as Gopher counts them: of an
     n-gram's occurrences the first is free, and none counts twice.
@@ -36,8 +36,8 @@ class DuplicateNgramFilter(BaseFilter):
     def __init__(
         self,
         ngrams: list[tuple[int, float]] = NGRAM_LIMITS,
-        line_ngram: int = 4,
-        line_repeats: int = 4,
+        line_ngram: int = 6,
+        line_repeats: int = 8,
         line_coverage: float = 0.8,
         min_line_words: int = 6,
         min_kept: float = 0.5,

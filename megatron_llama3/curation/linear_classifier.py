@@ -1,7 +1,7 @@
 """A linear classifier over hashed words and word pairs, as fastText's supervised mode is without its hidden layer; numpy only.
 
-A text is the set of its words and pairs of neighbours, each a bucket with weight sqrt(count), the whole of length 1. The model is one weight a
-bucket and label, trained by Adagrad on the cross entropy.
+A text is the set of its words and pairs of neighbours, each a bucket with weight sqrt(count), the whole of length 1. The model is one
+weight a bucket and label, trained by Adagrad on the cross entropy.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,9 @@ class LinearClassifier:
     bias: np.ndarray = field(repr=False)
 
     @classmethod
-    def train(cls, texts: Sequence[str], labels: Sequence[str], seed: int = 0, epochs: int = 8, lr: float = 0.5, **config) -> "LinearClassifier":
+    def train(
+        cls, texts: Sequence[str], labels: Sequence[str], seed: int = 0, epochs: int = 8, lr: float = 0.5, **config
+    ) -> "LinearClassifier":
         """Fits texts to their labels; classes of unequal size weigh the same. The same input gives the same bits."""
         names = sorted(set(labels))
         model = cls._empty(LinearConfig(names, **config))

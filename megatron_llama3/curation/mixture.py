@@ -36,8 +36,8 @@ def plan_mixture(
 ) -> tuple[dict[str, DomainPlan], list[str]]:
     """How often to take each domain's documents, and a line for each domain that falls short.
 
-    tokens: domain -> how many there are; target: domain -> share (any positive numbers). total: tokens of the mix; by default as many as the
-    scarcest domain allows at `max_epochs`, so that no share suffers. Raises UserError for a domain without tokens or without a share.
+    tokens: domain -> how many there are; target: domain -> share (any positive numbers). total: tokens of the mix; by default as many as
+    the scarcest domain allows at `max_epochs`, so that no share suffers. Raises UserError for a domain without tokens or without a share.
     """
     shares = _shares(target)
     for domain in tokens:
@@ -76,9 +76,10 @@ def copies(identity: str, epochs: float, seed: int) -> int:
 class Mixture(GlobalBlock):
     """Takes documents so that the tokens of the domains stand in the target's proportions: fewer of what there is too much of, some again.
 
-    target: domain -> share. tokens: of the mix; see `plan_mixture`. max_epochs: how often a document may be taken; a domain that falls short
-    then is reported. tokenizer: a tokenizer.model or tokenizer.json to count with; without one a token is four bytes. key: the metadata entry.
-    Left out are documents of domains that have too many (`over_represented`) or no share (`no_share`); repetitions have `#2`, ... after their id.
+    target: domain -> share. tokens: of the mix; see `plan_mixture`. max_epochs: how often a document may be taken; a domain that then
+    falls short is reported. tokenizer: a tokenizer.model or tokenizer.json to count with; without one a token is four bytes. key: the
+    metadata entry. Left out are documents of domains that have too many (`over_represented`) or no share (`no_share`); repetitions have
+    `#2`, ... after their id.
     """
 
     def __init__(
@@ -118,7 +119,9 @@ class CountTokens(PipelineStep):
         encode = load_tokenizer(self.tokenizer).encode if self.tokenizer else None
         tokens: Counter[str] = Counter()
         for doc in data:
-            tokens[_domain(doc, self.key)] += len(encode(doc.text)) if encode else -(-len(doc.text.encode("utf-8", "replace")) // _BYTES_A_TOKEN)
+            tokens[_domain(doc, self.key)] += (
+                len(encode(doc.text)) if encode else -(-len(doc.text.encode("utf-8", "replace")) // _BYTES_A_TOKEN)
+            )
             yield doc
         write_task_counts(self.folder, rank, world_size, dict(tokens))
 

@@ -21,7 +21,9 @@ from megatron_llama3.curation.steps import GlobalBlock, Search
 from megatron_llama3.curation.task_counts import read_task_counts, write_task_counts
 
 _EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
-_RESERVED_HOST = re.compile(r"(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local|localdomain|domain|host|tld)$", re.IGNORECASE)
+_RESERVED_HOST = re.compile(
+    r"(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local|localdomain|domain|host|tld)$", re.IGNORECASE
+)
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
 _HIGHEST_SECTION = 32  # numbers of versions and sections are smaller throughout; addresses are that hardly ever
@@ -35,7 +37,7 @@ _SEPARATOR = re.compile(r"\d[ ()/.-]+\d")
 
 
 class RemovePersonalData(BaseFilter):
-    """Replaces e-mail addresses, telephone numbers, public IP addresses, card numbers, IBANs and US social security numbers by `[email]` and so on.
+    """Replaces e-mail addresses, telephone numbers, public IP addresses, cards, IBANs and US social security numbers by `[email]`, ...
 
     max_per_thousand_words: a document with more is a list of people, and dropped (`much_personal_data`).
     phone_regions: whose national form (without +) is recognised too. Counts by kind are left in `personal_data`.
@@ -44,7 +46,10 @@ class RemovePersonalData(BaseFilter):
     name = "Personal data"
 
     def __init__(
-        self, max_per_thousand_words: float = 50.0, phone_regions: list[str] = ("US", "GB", "DE", "FR"), exclusion_writer: DiskWriter | None = None
+        self,
+        max_per_thousand_words: float = 50.0,
+        phone_regions: list[str] = ("US", "GB", "DE", "FR"),
+        exclusion_writer: DiskWriter | None = None,
     ):
         super().__init__(exclusion_writer)
         self.max_per_thousand_words = max_per_thousand_words

@@ -1,4 +1,4 @@
-"""What tests and benchmarks/curation.py plant into good text: boilerplate, junk, personal data, evaluation examples, other languages, copies.
+"""What tests and benchmarks/curation.py plant into good text: boilerplate, junk, personal data, evaluation examples, languages.
 
 Everything is drawn from the `random.Random` that is handed in.
 """
@@ -8,23 +8,43 @@ from random import Random
 
 # The Universal Declaration of Human Rights, articles 1 and 19 and more (public domain).
 RIGHTS = {
-    "en": "All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience and should act towards one "
-    "another in a spirit of brotherhood. Everyone has the right to freedom of opinion and expression; this right includes freedom to hold opinions "
-    "without interference and to seek, receive and impart information and ideas through any media and regardless of frontiers.",
-    "de": "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt und sollen einander im Geist "
-    "der Brüderlichkeit begegnen. Jeder hat das Recht auf Meinungsfreiheit und freie Meinungsäußerung; dieses Recht schließt die Freiheit ein, "
-    "Meinungen ungehindert anzuhängen sowie über Medien jeder Art Informationen und Gedankengut zu suchen, zu empfangen und zu verbreiten.",
-    "fr": "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de conscience et doivent agir les uns "
-    "envers les autres dans un esprit de fraternité. Tout individu a droit à la liberté d'opinion et d'expression, ce qui implique le droit de ne pas "
-    "être inquiété pour ses opinions et celui de chercher, de recevoir et de répandre les informations et les idées.",
-    "ja": "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。人間は、理性と良心とを授けられており、互いに同胞の精神を"
-    "もって行動しなければならない。すべて人は、意見及び表現の自由に対する権利を有する。",
-    "zh": "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心,并应以兄弟关系的精神相对待。人人有权享有主张和发表意见的自由;此项权利包括持有主张而不受"
-    "干涉的自由,和通过任何媒介和不论国界寻求、接受和传递消息和思想的自由。",
+    "en": "All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience and should a"
+    "ct towards one another in a spirit of brotherhood. Everyone has the right to freedom of opinion and expression; this rig"
+    "ht includes freedom to hold opinions without interference and to seek, receive and impart information and ideas through "
+    "any media and regardless of frontiers.",
+    "de": "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt und sollen ei"
+    "nander im Geist der Brüderlichkeit begegnen. Jeder hat das Recht auf Meinungsfreiheit und freie Meinungsäußerung; dieses"
+    " Recht schließt die Freiheit ein, Meinungen ungehindert anzuhängen sowie über Medien jeder Art Informationen und Gedanke"
+    "ngut zu suchen, zu empfangen und zu verbreiten.",
+    "fr": "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de conscience et do"
+    "ivent agir les uns envers les autres dans un esprit de fraternité. Tout individu a droit à la liberté d'opinion et d'exp"
+    "ression, ce qui implique le droit de ne pas être inquiété pour ses opinions et celui de chercher, de recevoir et de répa"
+    "ndre les informations et les idées.",
+    "ja": "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。人間は、理性と良心とを授けられており"
+    "、互いに同胞の精神をもって行動しなければならない。すべて人は、意見及び表現の自由に対する権利を有する。",
+    "zh": "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心,并应以兄弟关系的精神相对待。人人有权享有主张和发表意见的自由;"
+    "此项权利包括持有主张而不受干涉的自由,和通过任何媒介和不论国界寻求、接受和传递消息和思想的自由。",
 }
-_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state", "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system", "program", "question", "work", "government", "number", "night", "point", "home", "water", "room", "mother", "area", "money", "story", "fact", "month", "lot", "right", "study", "book", "eye", "job", "word", "business", "issue", "side", "kind", "head", "house", "service", "friend", "father", "power", "hour", "game", "line", "end", "member", "law", "car", "city", "community", "name", "president", "team", "minute", "idea", "body", "information", "back", "parent", "face", "others", "level", "office", "door", "health", "person", "art", "war", "history", "party", "result", "change", "morning", "reason", "research", "girl", "guy", "moment", "air", "teacher", "force", "education"]
-_VERBS = ["makes", "takes", "gives", "finds", "tells", "asks", "seems", "feels", "leaves", "calls", "keeps", "holds", "brings", "writes", "sits", "stands", "loses", "pays", "meets", "includes", "leads"]
-BOILERPLATE_MARKS = ("cookies to improve", "Privacy policy", "Skip to content", "Recommended for you", "All rights reserved", "Share on", "Zqmenu")
+_WORDS = (  # noqa: SIM905
+    "time year people way day man thing woman life child world school state family student group country problem "
+    "hand part place case week company system program question work government number night point home water room "
+    "mother area money story fact month lot right study book eye job word business issue side kind head house "
+    "service friend father power hour game line end member law car city community name president team minute idea "
+    "body information back parent face others level office door health person art war history party result change "
+    "morning reason research girl guy moment air teacher force education"
+).split()
+_VERBS = (  # noqa: SIM905
+    "makes takes gives finds tells asks seems feels leaves calls keeps holds brings writes sits stands loses pays meets includes leads"
+).split()
+BOILERPLATE_MARKS = (
+    "cookies to improve",
+    "Privacy policy",
+    "Skip to content",
+    "Recommended for you",
+    "All rights reserved",
+    "Share on",
+    "Zqmenu",
+)
 
 
 def prose(rng: Random, sentences: int = 20) -> str:
@@ -40,8 +60,12 @@ def web_page(content: str, rng: Random) -> str:
     """HTML of a page with `content` (HTML) as its main part, and around it what pages have: see `BOILERPLATE_MARKS`."""
     menu = "".join(f'<li><a href="/{rng.choice(_WORDS)}">Zqmenu {rng.choice(_WORDS)}</a></li>' for _ in range(8))
     wrapper = rng.choice(["<main>{}</main>", '<div id="content">{}</div>', '<article class="post">{}</article>'])
-    banner = rng.choice(['<div class="cookie-banner">{}</div>', '<div id="gdpr-consent" role="dialog">{}</div>', '<section class="notice">{}</section>'])
-    side = rng.choice(['<aside><h3>Recommended for you</h3><ul>{}</ul></aside>', '<div class="sidebar"><p>Recommended for you</p><ul>{}</ul></div>'])
+    banner = rng.choice(
+        ['<div class="cookie-banner">{}</div>', '<div id="gdpr-consent" role="dialog">{}</div>', '<section class="notice">{}</section>']
+    )
+    side = rng.choice(
+        ["<aside><h3>Recommended for you</h3><ul>{}</ul></aside>", '<div class="sidebar"><p>Recommended for you</p><ul>{}</ul></div>']
+    )
     foot = rng.choice(["<footer>{}</footer>", '<div id="site-footer">{}</div>', '<div class="bottom">{}</div>'])
     return (
         "<!DOCTYPE html><html><head><title>A page</title><style>p {color: red}</style><script>var a = 1;</script></head><body>"
@@ -63,7 +87,8 @@ def paragraphs(text: str) -> str:
 def log(rng: Random, lines: int = 60) -> str:
     """A program's log: each line is unique, and all say the same."""
     return "\n".join(
-        f"2024-0{rng.randint(1, 9)}-{rng.randint(10, 28)} {rng.randint(10, 23)}:{rng.randint(10, 59)}:{rng.randint(10, 59)} ERROR worker {rng.randint(1, 99)}: "
+        f"2024-0{rng.randint(1, 9)}-{rng.randint(10, 28)} {rng.randint(10, 23)}:{rng.randint(10, 59)}:{rng.randint(10, 59)} ERROR "
+        f"worker {rng.randint(1, 99)}: "
         f"could not connect to the database server on port {rng.randint(1000, 9999)}, will try again in {rng.randint(1, 60)} seconds"
         for _ in range(lines)
     )

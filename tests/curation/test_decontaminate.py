@@ -12,7 +12,7 @@ from tests.curation.steps import judge
 
 QUESTIONS = [
     "A baker makes 24 loaves each morning and sells two thirds of them before noon. How many loaves are left for the afternoon customers?",
-    "Lena cycles 12 kilometres to work and back five days a week. How far does she cycle in four weeks if she stays at home for three days?",
+    "Lena cycles 12 kilometres to work and back five days a week. How far does she cycle in four weeks if she stays at home three days?",
     "一个农夫有十二只羊和八头牛他卖掉了其中的一半还剩下多少只动物请写出计算过程",
 ]
 SHORT = "What is 2 + 2?"
@@ -63,7 +63,9 @@ def test_keys_and_shares_by_set(evaluation):
         DecontaminationFilter({"quiz": evaluation, "again": evaluation}, min_share={"quiz": 0.5})
 
 
-@pytest.mark.parametrize("content, message", [("{broken", "line 1: no JSON object"), ("[1]", "line 1: no JSON object"), (None, "cannot be read")])
+@pytest.mark.parametrize(
+    "content, message", [("{broken", "line 1: no JSON object"), ("[1]", "line 1: no JSON object"), (None, "cannot be read")]
+)
 def test_bad_files_are_named(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     if content:

@@ -22,7 +22,8 @@ def test_content_in_spite_of_its_name():
     """A section named after its heading, a box of prose named sidebar, a page whose body is named after its layout."""
     prose = "Memory that several processes map at the same time must be protected by a lock of some kind. " * 8
     page = (
-        f'<body class="has-sidebar cookie-shown"><main><section id="share-memory"><h2>Share memory</h2><p>{prose}</p><pre>x = 1</pre></section>'
+        f'<body class="has-sidebar cookie-shown"><main><section id="share-memory"><h2>Share memory</h2><p>{prose}</p>'
+        "<pre>x = 1</pre></section>"
         '<div class="sidebar"><p>TIP: The lock may be held by one process only, so keep the time short.</p></div></main></body>'
     )
     text = html_to_text(page)
@@ -40,7 +41,7 @@ CODE = 'def f(x):\n    # **not** bold, `a` tick\n    if x > 1:\n\n        return
     [
         "<pre>{}</pre>",
         "<pre><code class='language-python'>{}</code></pre>",
-        '<div class="highlight"><table><tr><td class="linenos"><pre>1\n2\n3\n4\n5</pre></td><td><pre><span>{}</span></pre></td></tr></table></div>',
+        '<div class="highlight"><table><tr><td class="linenos"><pre>1\n2</pre></td><td><pre><span>{}</span></pre></td></tr></table></div>',
     ],
 )
 def test_code_keeps_lines_and_indentation(markup):
@@ -52,7 +53,9 @@ def test_code_whose_lines_are_elements():
     lines = "".join(f"<div class='line'>{line}</div>" for line in ["for i in x:", "    print(i)"])
     assert html_to_text(f"<article><pre>{lines}</pre></article>") == "for i in x:\n    print(i)"
     assert html_to_text("<article><pre>a<br>  b</pre></article>") == "a\n  b"
-    assert html_to_text("<article><p>Call <code>__init__</code> with <code>**options</code>.</p></article>") == "Call __init__ with **options."
+    assert (
+        html_to_text("<article><p>Call <code>__init__</code> with <code>**options</code>.</p></article>") == "Call __init__ with **options."
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,8 @@ def test_code_whose_lines_are_elements():
         ("<math><msubsup><mi>x</mi><mn>1</mn><mn>2</mn></msubsup></math>", "$x_{1}^{2}$"),
         ("<math><msqrt><mi>x</mi><mi>y</mi></msqrt><mroot><mi>x</mi><mn>3</mn></mroot></math>", r"$\sqrt{x y} \sqrt[3]{x}$"),
         (
-            "<math display='block'><mtable><mtr><mtd><mn>1</mn></mtd><mtd><mn>2</mn></mtd></mtr><mtr><mtd><mn>3</mn></mtd><mtd><mn>4</mn></mtd></mtr></mtable></math>",
+            "<math display='block'><mtable><mtr><mtd><mn>1</mn></mtd><mtd><mn>2</mn></mtd></mtr>"
+            "<mtr><mtd><mn>3</mn></mtd><mtd><mn>4</mn></mtd></mtr></mtable></math>",
             r"$$\begin{matrix} 1 & 2 \\ 3 & 4 \end{matrix}$$",
         ),
         ("<math><semantics><mi>q</mi><annotation encoding='application/x-tex'>\\hat{q}_1</annotation></semantics></math>", r"$\hat{q}_1$"),
@@ -77,8 +81,9 @@ def test_code_whose_lines_are_elements():
             "$E=mc^{2}$",
         ),
         (
-            "<span class='katex'><span class='katex-mathml'><math><semantics><mi>z</mi><annotation encoding='application/x-tex'>z_{1}</annotation>"
-            "</semantics></math></span><span class='katex-html'>z1</span></span>",
+            "<span class='katex'><span class='katex-mathml'><math><semantics><mi>z</mi>"
+            "<annotation encoding='application/x-tex'>z_{1}</annotation></semantics></math></span>"
+            "<span class='katex-html'>z1</span></span>",
             "$z_{1}$",
         ),
     ],
@@ -97,13 +102,16 @@ def test_alt_texts_of_pictures_stay_and_those_of_logos_go():
     [
         ("## A heading ##", "A heading"),
         ("**bold** and *slanted* and ***both***", "bold and slanted and both"),
-        ("a [link](http://x.y/a_(b)) and ![picture](p.png \"t\")", "a link and picture"),
+        ('a [link](http://x.y/a_(b)) and ![picture](p.png "t")', "a link and picture"),
         ("- an item", "an item"),
         ("> quoted", "quoted"),
         ("with `code` here", "with code here"),
         ("---", ""),
         ("```python", ""),
-        ("2 * 3 * 4, a*b*c, snake_case_name, __init__.py?, 5 > 4, C# and #1", "2 * 3 * 4, a*b*c, snake_case_name, __init__.py?, 5 > 4, C# and #1"),
+        (
+            "2 * 3 * 4, a*b*c, snake_case_name, __init__.py?, 5 > 4, C# and #1",
+            "2 * 3 * 4, a*b*c, snake_case_name, __init__.py?, 5 > 4, C# and #1",
+        ),
         ("-5 degrees", "-5 degrees"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_word_list_must_be_given(tmp_path, content):
     path = tmp_path / "words.txt"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match="words.txt: (cannot be read|holds no entries)"):
+    with pytest.raises(UserError, match=r"words.txt: (cannot be read|holds no entries)"):
         DirtyWordFilter(str(path))
 
 

@@ -23,7 +23,12 @@ def test_the_scarcest_domain_sets_the_length():
     """4,000 tokens of reasoning, four times, are a quarter of 64,000."""
     plans, shortages = plan_mixture(HAVE, PAPER_MIX)
     assert shortages == []
-    assert {name: plan.given for name, plan in plans.items()} == {"general": 32_000, "reasoning": 16_000, "code": 10_880, "multilingual": 5_120}
+    assert {name: plan.given for name, plan in plans.items()} == {
+        "general": 32_000,
+        "reasoning": 16_000,
+        "code": 10_880,
+        "multilingual": 5_120,
+    }
     assert (plans["general"].epochs, plans["reasoning"].epochs, plans["code"].epochs) == (0.4, 4.0, pytest.approx(1.2089, abs=1e-4))
 
 
@@ -52,7 +57,9 @@ def test_how_often_a_document_is_taken():
     counts = [copies(f"id {i}", 2.3, seed=1) for i in range(20_000)]
     assert set(counts) == {2, 3}
     assert abs(sum(counts) / 20_000 - 2.3) < 0.015
-    assert {i for i in range(2000) if copies(f"id {i}", 0.2, 1)} < {i for i in range(2000) if copies(f"id {i}", 0.4, 1)}, "more keeps what fewer kept"
+    assert {i for i in range(2000) if copies(f"id {i}", 0.2, 1)} < {i for i in range(2000) if copies(f"id {i}", 0.4, 1)}, (
+        "more keeps what fewer kept"
+    )
     assert [copies(f"id {i}", 0.5, 1) for i in range(99)] != [copies(f"id {i}", 0.5, 2) for i in range(99)]
     assert (copies("x", 0.0, 0), copies("x", 3.0, 0)) == (0, 3)
 
@@ -60,7 +67,9 @@ def test_how_often_a_document_is_taken():
 def corpus() -> list:
     rng = Random(0)
     counts = {"general": 900, "reasoning": 60, "code": 150, "multilingual": 200, "spam": 20}
-    return [document(planted.prose(rng, rng.randint(2, 8)), f"{name} {i}", domain=name) for name, count in counts.items() for i in range(count)]
+    return [
+        document(planted.prose(rng, rng.randint(2, 8)), f"{name} {i}", domain=name) for name, count in counts.items() for i in range(count)
+    ]
 
 
 def size(doc) -> int:
@@ -110,7 +119,12 @@ def test_labels_come_from_the_classifier_and_other_languages_from_theirs(tmp_pat
     code = "def f(x):\n    return x + {}\n\nfor i in range({}):\n    print(f(i))"
     texts = [planted.prose(rng, 3) for _ in range(20)] + [code.format(i, i + 3) for i in range(20)]
     LinearClassifier.train(texts, ["general"] * 20 + ["code"] * 20, buckets=1 << 12).save(tmp_path / "model.npz")
-    documents = [document(planted.prose(rng, 3)), document(code.format("y", 77)), document(planted.RIGHTS["de"], language="de"), document(code, language="en")]
+    documents = [
+        document(planted.prose(rng, 3)),
+        document(code.format("y", 77)),
+        document(planted.RIGHTS["de"], language="de"),
+        document(code, language="en"),
+    ]
     labelled = list(DomainLabel(str(tmp_path / "model.npz")).run(iter(documents)))
     assert [doc.metadata["domain"] for doc in labelled] == ["general", "code", "multilingual", "code"]
     assert all(0.5 < doc.metadata["domain_score"] <= 1 for doc in labelled)
@@ -125,7 +139,11 @@ def test_weights_for_data_path(tmp_path):
     for name, tokens in sizes.items():
         write_dataset(tmp_path / name, [list(range(1, 1 + tokens))])
     domains = {"general": ["general"], "reasoning": ["maths", "stem"], "code": ["code"], "multilingual": ["de"]}
-    flags = [part for name, sets in domains.items() for part in ("--domain", f"{name}={tmp_path / sets[0]}", *(str(tmp_path / s) for s in sets[1:]))]
+    flags = [
+        part
+        for name, sets in domains.items()
+        for part in ("--domain", f"{name}={tmp_path / sets[0]}", *(str(tmp_path / s) for s in sets[1:]))
+    ]
     command = [sys.executable, TOOL, *flags, "--train-tokens", "2000", "--max-epochs", "1", "--output", tmp_path / "blend.txt"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     prefixes, weights = parse_data_path(result.stdout.split())

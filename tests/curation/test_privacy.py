@@ -79,7 +79,10 @@ def test_blocked_domains(tmp_path):
 def test_domains_with_much_personal_data_go_as_a_whole(tmp_path):
     rng = Random(0)
     documents = [document(planted.prose(rng, 10), f"clean {i}", url="http://clean.org/", personal_data={}) for i in range(8)]
-    documents += [document(planted.prose(rng, 10), f"people {i}", url=f"http://people.org/{i}", personal_data={"email": 9 * (i % 2)}) for i in range(8)]
+    documents += [
+        document(planted.prose(rng, 10), f"people {i}", url=f"http://people.org/{i}", personal_data={"email": 9 * (i % 2)})
+        for i in range(8)
+    ]
     documents += [document("text", f"small {i}", url="http://small.org/", personal_data={"email": 9}) for i in range(2)]
     documents += [document("text", f"none {i}", personal_data={"email": 9}) for i in range(8)]
     _, reasons = both_passes(PersonalDomains(), documents, str(tmp_path))

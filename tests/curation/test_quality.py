@@ -80,7 +80,7 @@ def test_the_filter_scores_every_document_and_drops_the_bad(model, tmp_path):
     assert all((doc.metadata["quality_score"] >= 0.5) == (doc.id in kept) for doc in documents)
     assert np.mean([(doc.id in kept) == (label == "good") for doc, label in zip(documents, labels)]) > 0.9
     assert judge(QualityFilter(str(tmp_path / "model.npz"), min_score=1.01), texts[0])[0] == "low_quality"
-    with pytest.raises(UserError, match="label excellent: .*knows bad, good"):
+    with pytest.raises(UserError, match=r"label excellent: .*knows bad, good"):
         QualityFilter(str(tmp_path / "model.npz"), label="excellent").filter(document("text"))
 
 
