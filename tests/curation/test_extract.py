@@ -33,6 +33,21 @@ def test_content_in_spite_of_its_name():
     assert "TIP: The lock" in text
 
 
+def test_much_prose_is_content_under_any_name_but_a_banner_is_none():
+    prose = "<p>" + "A long account of what the committee found, and of what it did then. " * 20 + "</p>"
+    page = "<body><article><p>The report follows.</p></article>{}" + f"<div>{'Another part of the page. ' * 80}</div></body>"
+    assert "the committee found" in html_to_text(page.format(f'<div class="promo">{prose}</div>'))
+    assert "the committee found" not in html_to_text(page.format(f'<div class="cookie-consent">{prose}</div>'))
+    assert "Short words" not in html_to_text(page.format('<div class="promo"><p>Short words here.</p></div>'))
+
+
+def test_markdown_in_a_page_goes():
+    assert html_to_text("<article><h2>## A **bold** heading</h2><p>- an *item*</p></article>").split("\n\n") == [
+        "A bold heading",
+        "an item",
+    ]
+
+
 CODE = 'def f(x):\n    # **not** bold, `a` tick\n    if x > 1:\n\n        return {"a_b": x ** 2}  # [l](u)\n'
 
 
