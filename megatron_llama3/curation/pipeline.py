@@ -18,6 +18,22 @@ from megatron_llama3.curation.steps import GlobalBlock
 
 # A block's name in the YAML -> its class, which takes the YAML's keys as keyword arguments. Imported when used.
 BLOCKS = {
+    "extract": "megatron_llama3.curation.extract:ExtractHtml",
+    "language": "megatron_llama3.curation.language:LanguageFilter",
+    "blocked_domains": "megatron_llama3.curation.privacy:DomainBlockFilter",
+    "personal_data": "megatron_llama3.curation.privacy:RemovePersonalData",
+    "personal_domains": "megatron_llama3.curation.privacy:PersonalDomains",
+    "duplicate_ngrams": "megatron_llama3.curation.filters:DuplicateNgramFilter",
+    "dirty_words": "megatron_llama3.curation.filters:DirtyWordFilter",
+    "divergence": "megatron_llama3.curation.divergence:DivergenceFilter",
+    "gopher_quality": "megatron_llama3.curation.filters:GopherQuality",
+    "gopher_repetition": "megatron_llama3.curation.filters:GopherRepetition",
+    "c4_quality": "megatron_llama3.curation.filters:C4Quality",
+    "fineweb_quality": "megatron_llama3.curation.filters:FineWebQuality",
+    "quality": "megatron_llama3.curation.quality:QualityFilter",
+    "domain": "megatron_llama3.curation.domains:DomainLabel",
+    "mixture": "megatron_llama3.curation.mixture:Mixture",
+    "decontaminate": "megatron_llama3.curation.decontaminate:DecontaminationFilter",
     "url_dedup": "megatron_llama3.curation.deduplicate:UrlDedup",
     "minhash_dedup": "megatron_llama3.curation.minhash:MinhashDedup",
     "line_dedup": "megatron_llama3.curation.deduplicate:LineDedup",
