@@ -1,8 +1,8 @@
 """Stages run by datatrove's executors: on this machine, on Slurm or on Ray.
 
-    OUTPUT/documents/00000.jsonl.zst   what is left, a file a task; the folder appears when all is done
+    OUTPUT/documents/00000.jsonl.zst   what is left, a file a task; the folder appears last, and means that the run is complete
     OUTPUT/rejected/00000.jsonl        what of the input was no document
-    OUTPUT/report.json                 the funnel; its presence means that the run is complete
+    OUTPUT/report.json                 the funnel
     OUTPUT/pipeline.json               what the folder is the work of
     OUTPUT/work/                       documents in between, what blocks collected, logs, completions
 
@@ -59,15 +59,14 @@ def curate(pipeline: Pipeline, output: str, options: ExecutorOptions, say: Calla
     with _locked(folder):
         _claim(folder, pipeline, sources, options.tasks)
         stages = build_stages(pipeline, sources, folder, options.tasks)
-        if not (folder / "report.json").exists():
+        if not (folder / "documents").exists():
             run = {"local": _run_here, "slurm": _run_on_slurm, "ray": _run_on_ray}[options.kind]
             run(stages, folder / "work" / "stages", options, pipeline, say)
-            if not (folder / "documents").exists():
-                for aside in (folder / "work" / "documents").glob(".*"):  # of tasks that were killed
-                    aside.unlink()
-                os.rename(folder / "work" / "documents", folder / "documents")
             with whole_file(folder / "report.json") as file:
                 file.write(json.dumps([asdict(row) for row in funnel(stages)], ensure_ascii=False, indent=1).encode())
+            for aside in (folder / "work" / "documents").glob(".*"):  # of tasks that were killed
+                aside.unlink()
+            os.replace(folder / "work" / "documents", folder / "documents")
         return funnel(stages)
 
 

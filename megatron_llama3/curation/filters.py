@@ -14,7 +14,7 @@ from datatrove.pipeline.writers.disk_base import DiskWriter
 from megatron_llama3.curation.lists import read_lists
 from megatron_llama3.curation.plain_words import PlainWords, ngram_hashes, split_words, word_hashes
 
-# Twice Gopher's limits (Rae et al. 2021, Table A1): with its own, a fifth of Debian's manual pages would go (docs/decisions.md).
+# Twice Gopher's limits (Rae et al. 2021, Table A1): with its own, 11% of 300 of Debian's manual pages would go.
 NGRAM_LIMITS = ((5, 0.30), (6, 0.28), (7, 0.26), (8, 0.24), (9, 0.22), (10, 0.20))
 _DIGITS = re.compile(r"\d+|\b0x[0-9a-fA-F]+\b")
 
