@@ -1,0 +1,316 @@
+"""Recall and precision of each curation block on what is planted into real text, and what each does to the text as it was.
+
+    mkdir debs && cd debs
+    apt-get download manpages manpages-dev manpages-de manpages-fr manpages-ja manpages-zh linux-doc-6.1 debian-handbook
+    for deb in *.deb; do dpkg -x $deb ../debian; done && cd ..
+    python benchmarks/curation.py debian [--evaluation gsm8k_test.jsonl] [--blocks extract language ...]
+
+Recall: of the planted items, how many were found. Precision: of what was found, how much had been planted. The last column is the share of
+untouched documents that the block drops all the same.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from curation_text import HANDBOOK_FOLDERS, html_pages, manual_pages, pages_with
+
+from tests.curation import planted
+from tests.curation.steps import both_passes, document
+
+DOCUMENTS = 300
+OWN_BOILERPLATE = ("View page source", "Built with", "Documentation Site", "Product Site", "The kernel development community")
+
+
+def row(name: str, planted_items: int, found: int, false: int, untouched: int, seconds: float | None = None, documents: int = 0) -> None:
+    precision = found / (found + false) if found + false else 1.0
+    rate = f"{documents / seconds:,.0f}" if seconds else ""
+    print(
+        f"| {name} | {planted_items:,} | {found / max(1, planted_items):.3f} | {precision:.3f} "
+        f"| {false / max(1, untouched):.4f} | {rate} |",
+        flush=True,
+    )
+
+
+def judged(step, texts: list[str]) -> tuple[list[str | None], list[str], float]:
+    """Reasons (None: kept), texts afterwards, seconds."""
+    documents = [document(text, str(i)) for i, text in enumerate(texts)]
+    started = time.process_time()
+    results = [step.filter(doc) for doc in documents]
+    seconds = time.process_time() - started
+    return [None if r is True or r[0] else r[1] for r in results], [doc.text for doc in documents], seconds
+
+
+def filter_row(name: str, step, bad: list[str], good: list[str]) -> list[str]:
+    """A line for a filter; returns the good texts that it dropped."""
+    reasons, _, first = judged(step, bad)
+    wrongly, _, second = judged(step, good)
+    dropped = [text for text, reason in zip(good, wrongly) if reason]
+    row(name, len(bad), sum(map(bool, reasons)), len(dropped), len(good), first + second, len(bad) + len(good))
+    return dropped
+
+
+def words_of(text: str) -> Counter:
+    return Counter(text.split())
+
+
+def extraction(folder: Path, flags) -> None:
+    """Real pages' main parts inside planted boilerplate; then formulas and code of pages that have them."""
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.html import HTMLTree
+
+    from megatron_llama3.curation.extract import html_to_text
+
+    def plain(html: str) -> str:
+        return extract_plain_text(html, main_content=True, list_bullets=False)
+
+    extractors = {"extract": html_to_text, "resiliparse's own main content": plain}
+    try:
+        from trafilatura import extract
+
+        extractors["trafilatura"] = lambda html: extract(html, include_comments=False) or ""
+    except ImportError:
+        pass
+    rng, pages, contents, originals = Random(1), [], [], []
+    for source in html_pages(folder, flags.documents):
+        main = HTMLTree.parse(source).body.query_selector("div[itemprop=articleBody], body > div.section, body > div.chapter")
+        if main is None or len(main.text) < 500:
+            continue
+        for noise in main.query_selector_all(".headerlink, script, style, .toc, .toctree-wrapper, .contents, .navfooter")[:]:
+            noise.remove()
+        contents.append(words_of(extract_plain_text(main.html, main_content=False, list_bullets=False, alt_texts=True)))
+        pages.append(planted.web_page(main.html, rng))
+        originals.append(source)
+    for name, extractor in extractors.items():
+        started = time.process_time()
+        texts = [extractor(page) for page in pages]
+        seconds = time.process_time() - started
+        kept = [sum((words_of(text) & content).values()) / content.total() for text, content in zip(texts, contents)]
+        clean = [sum((words_of(text) & content).values()) / max(1, words_of(text).total()) for text, content in zip(texts, contents)]
+        pieces = len(planted.BOILERPLATE_MARKS) * len(texts)
+        gone = sum(mark not in text for text in texts for mark in planted.BOILERPLATE_MARKS)
+        print(
+            f"| {name}: planted boilerplate removed | {pieces:,} | {gone / pieces:.3f} | content recall {sum(kept) / len(kept):.3f}, "
+            f"precision {sum(clean) / len(clean):.3f} | | {len(pages) / seconds:,.0f} |"
+        )
+        own = [(mark, extractor(page)) for page in originals for mark in OWN_BOILERPLATE if mark in page]
+        print(
+            f"| {name}: the pages' own boilerplate removed | {len(own):,} "
+            f"| {sum(mark not in text for mark, text in own) / len(own):.3f} | | | |"
+        )
+        formulas_and_code(folder, name, extractor)
+
+
+def formulas_and_code(folder: Path, name: str, extractor) -> None:
+    from resiliparse.parse.html import HTMLTree
+
+    found, total = Counter(), Counter()
+    for page in [*pages_with(folder, r'class="math', 40), *pages_with(folder, r"<pre", 60)]:
+        text, tree = extractor(page), HTMLTree.parse(page)
+        for image in tree.body.query_selector_all("img.math, div.math img")[:]:
+            total["formulas"] += 1
+            found["formulas"] += " ".join(image.getattr("alt").split()) in text
+        for pre in tree.body.query_selector_all("div[role=main] pre, div.document pre")[:]:
+            code = "\n".join(line.rstrip() for line in pre.text.strip("\n").split("\n"))
+            total["blocks of code"] += 1
+            found["blocks of code"] += code in text
+    for kind, count in total.items():
+        print(f"| {name}: {kind} verbatim | {count:,} | {found[kind] / count:.3f} | | | |", flush=True)
+
+
+def heuristics(folder: Path, flags) -> None:
+    from megatron_llama3.curation.filters import DirtyWordFilter, DuplicateNgramFilter, FineWebQuality, GopherQuality, GopherRepetition
+
+    rng, good = Random(2), manual_pages(folder, "en", flags.documents)
+    few = good[: flags.documents // 3]
+    logs = [planted.log(rng, rng.randint(15, 80)) for _ in few]
+    spam = [planted.repeated(rng, rng.randint(10, 40)) for _ in few]
+    filter_row("duplicate n-grams: logs", DuplicateNgramFilter(), logs, good)
+    filter_row("duplicate n-grams: spam", DuplicateNgramFilter(), spam, good)
+    inside = [f"{text}\n{planted.log(rng, 30)}" for text in few if len(text) > 6000]
+    reasons, texts, _ = judged(DuplicateNgramFilter(), inside)
+    lines = sum(30 for reason in reasons if not reason)
+    left = sum(text.count("ERROR worker") for text, reason in zip(texts, reasons) if not reason)
+    lost = sum(
+        len(a) - 30 - len([line for line in b.split("\n") if "ERROR worker" not in line])
+        for a, b, r in zip([text.split("\n") for text in inside], texts, reasons)
+        if not r
+    )
+    row("duplicate n-grams: lines of logs in documents", lines, lines - left, lost, sum(len(t.split("\n")) for t in inside))
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as words:
+        words.write("# made up\nsnorfle\nblargish deals\n")
+        words.flush()
+        dirty = []
+        for text in few:
+            for _ in range(8 + 3 * len(text) // 6000):
+                text = planted.inserted(text, rng.choice(["snorfle", "Snorfle,", "BLARGISH deals"]), rng)
+            dirty.append(text)
+        filter_row("dirty words", DirtyWordFilter(words.name), dirty, good)
+    junk = [planted.symbols(rng) for _ in few]
+    for step in (GopherQuality(), GopherRepetition(), FineWebQuality()):
+        filter_row(f"{type(step).__name__} (datatrove): symbols and spam", step, junk + spam, good)
+
+
+def divergence(folder: Path, flags) -> None:
+    from megatron_llama3.curation.divergence import DivergenceFilter
+
+    rng, good = Random(3), manual_pages(folder, "en", 3 * flags.documents)
+    kinds = {
+        "gibberish": [planted.gibberish(rng, rng.randint(40, 400)) for _ in range(30)],
+        "another language": manual_pages(folder, "de", 10),
+        "half gibberish": [f"{text[:800]}\n{planted.gibberish(rng, 150)}" for text in good[:30]],
+    }
+    documents = [document(text, f"good {i}") for i, text in enumerate(good)]
+    documents += [document(text, f"{kind} {i}") for kind, texts in kinds.items() for i, text in enumerate(texts)]
+    with tempfile.TemporaryDirectory() as work:
+        started = time.process_time()
+        _, reasons = both_passes(DivergenceFilter(), documents, work)
+        seconds = time.process_time() - started
+    false = sum(identity.startswith("good") for identity in reasons)
+    for kind, texts in kinds.items():
+        row(
+            f"divergence: {kind}",
+            len(texts),
+            sum(identity.startswith(kind) for identity in reasons),
+            false,
+            len(good),
+            seconds,
+            len(documents),
+        )
+    values = sorted(doc.metadata.get("word_divergence", 0.0) for doc in documents if doc.id.startswith("good"))
+    print(
+        f"|   excess of untouched pages, nats: median {values[len(values) // 2]:.2f}, 99% {values[int(len(values) * 0.99)]:.2f} | | | | | |"
+    )
+
+
+def language(folder: Path, flags) -> None:
+    from megatron_llama3.curation.language import LanguageFilter
+
+    pages = {name: manual_pages(folder, name, flags.documents // 2) for name in HANDBOOK_FOLDERS}
+    for size in (None, 400, 100):
+        texts = {name: [cut(text, size) for text in texts] for name, texts in pages.items()}
+        for name in pages:
+            others = [text for other, texts_of in texts.items() if other != name for text in texts_of]
+            filter_row(
+                f"language: others beside {name}, {f'{size} characters' if size else 'whole pages'}",
+                LanguageFilter([name]),
+                others,
+                texts[name],
+            )
+
+
+def cut(text: str, size: int | None) -> str:
+    """A piece from the middle, where a manual page has prose."""
+    return text if size is None else text[len(text) // 3 : len(text) // 3 + size]
+
+
+def quality(folder: Path, flags) -> None:
+    from megatron_llama3.curation.encoder_classifier import EncoderClassifier
+    from megatron_llama3.curation.linear_classifier import LinearClassifier
+    from megatron_llama3.curation.quality import ranking_quality
+
+    rng = Random(4)
+    good = [cut(text, 1500) for text in manual_pages(folder, "en", 6 * flags.documents)]
+    kinds = {
+        "junk": lambda text: rng.choice([planted.repeated, planted.log, planted.gibberish])(rng),
+        "shuffled words": lambda text: shuffled(text, rng),
+    }
+    half = len(good) // 2
+    for kind, spoil in kinds.items():
+        bad = [spoil(text) for text in good]
+        # Trained on the first halves of both, tested on the second: no page is in both.
+        texts, labels = good[:half] + bad[:half], ["good"] * half + ["bad"] * half
+        for name, train in (("linear", LinearClassifier.train), ("encoder", EncoderClassifier.train_on)):
+            started = time.process_time()
+            model = train(texts, labels)
+            trained, tested = time.process_time() - started, good[half:] + bad[half:]
+            started = time.process_time()
+            scores = model.probabilities(tested)[:, model.config.labels.index("good")]
+            seconds = time.process_time() - started
+            is_good = [True] * (len(good) - half) + [False] * (len(bad) - half)
+            found = sum(score < 0.5 and not good_ for score, good_ in zip(scores, is_good))
+            false = sum(score < 0.5 and good_ for score, good_ in zip(scores, is_good))
+            row(f"quality, {name}: {kind}", len(bad) - half, found, false, len(good) - half, seconds, len(tested))
+            print(
+                f"|   area under the curve {ranking_quality(scores, is_good):.4f}, "
+                f"trained on {len(texts):,} in {trained:.0f} CPU s | | | | | |"
+            )
+
+
+def shuffled(text: str, rng: Random) -> str:
+    words = text.split()
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+def privacy(folder: Path, flags) -> None:
+    from megatron_llama3.curation.privacy import remove_personal_data
+
+    rng, pages = Random(5), manual_pages(folder, "en", flags.documents)
+    regions = ["US", "GB", "DE", "FR"]
+    found, total = Counter(), Counter()
+    for text in pages:
+        for kind, item in planted.personal_data(rng):
+            total[kind] += 1
+            cleaned, _ = remove_personal_data(planted.inserted(text[:3000], item, rng), regions)
+            found[kind] += item not in cleaned
+    untouched: Counter[str] = Counter()
+    started, characters = time.process_time(), 0
+    for text in pages:
+        untouched += remove_personal_data(text, regions)[1]
+        characters += len(text)
+    seconds = time.process_time() - started
+    for kind in total:
+        row(f"personal data: {kind}", total[kind], found[kind], untouched[kind], len(pages), seconds, len(pages))
+    print("|   what it finds in untouched pages counts as false here; their e-mail addresses are real | | | | | |")
+
+
+def contamination(folder: Path, flags) -> None:
+    from megatron_llama3.curation.decontaminate import DecontaminationFilter
+
+    if not flags.evaluation:
+        print("| decontamination: give --evaluation | | | | | |")
+        return
+    rng, good = Random(6), manual_pages(folder, "en", 2 * flags.documents)
+    with open(flags.evaluation, encoding="utf-8") as file:
+        questions = [json.loads(line)["question"] for line in file]
+    step = DecontaminationFilter({"evaluation": flags.evaluation})
+    hosts = good[: flags.documents]
+    exact = [planted.inserted(text, rng.choice(questions), rng) for text in hosts]
+    close = [planted.inserted(text, planted.retouched(rng.choice(questions), rng, 0.03), rng) for text in hosts]
+    filter_row("decontamination: verbatim questions", step, exact, good)
+    filter_row("decontamination: 3% of words exchanged, case and punctuation changed", step, close, good)
+
+
+BLOCKS = {
+    "extract": extraction,
+    "heuristics": heuristics,
+    "divergence": divergence,
+    "language": language,
+    "quality": quality,
+    "privacy": privacy,
+    "decontamination": contamination,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the packages were unpacked")
+    parser.add_argument("--evaluation", metavar="JSONL", help="an evaluation set with questions, such as GSM8K's")
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="untouched documents a block sees, about")
+    parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
+    flags = parser.parse_args()
+    print("| block: planted | items | recall | precision | untouched dropped | documents/CPU s |\n|---|---|---|---|---|---|")
+    for name in flags.blocks:
+        BLOCKS[name](flags.folder, flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The training mix (paper 3.1.2): tokens of each domain, how often to take its documents for a target mix, and taking them.
+
+The paper's final mix: half general knowledge, a quarter mathematics and reasoning, 17% code, 8% multilingual.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import xxhash
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from loguru import logger
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.curation.steps import GlobalBlock, Search
+from megatron_llama3.curation.task_counts import read_task_counts, write_task_counts
+from megatron_llama3.tokenizer.llama3 import load_tokenizer
+
+_BYTES_A_TOKEN = 4
+PAPER_MIX = {"general": 0.50, "reasoning": 0.25, "code": 0.17, "multilingual": 0.08}
+
+
+@dataclass(frozen=True)
+class DomainPlan:
+    """tokens: what there is; epochs: how often each document is taken, on average; wanted, given: tokens of the mix and what can be had."""
+
+    tokens: int
+    epochs: float
+    wanted: int
+    given: int
+
+
+def plan_mixture(
+    tokens: dict[str, int], target: dict[str, float], total: int | None = None, max_epochs: float = 4.0
+) -> tuple[dict[str, DomainPlan], list[str]]:
+    """How often to take each domain's documents, and a line for each domain that falls short.
+
+    tokens: domain -> how many there are; target: domain -> share (any positive numbers). total: tokens of the mix; by default as many as
+    the scarcest domain allows at `max_epochs`, so that no share suffers. Raises UserError for a domain without tokens or without a share.
+    """
+    shares = _shares(target)
+    for domain in tokens:
+        if domain not in shares:
+            raise UserError(f"target: has no share for domain '{domain}', which has {tokens[domain]:,} tokens; give it one (0 drops it)")
+    missing = [domain for domain, share in shares.items() if share and not tokens.get(domain)]
+    if missing:
+        raise UserError(f"target: asks for {', '.join(missing)}, of which there is no document; remove it or add data")
+    if total is None:
+        total = int(min(tokens[domain] * max_epochs / share for domain, share in shares.items() if share))
+    plans, shortages = {}, []
+    for domain, share in shares.items():
+        have, wanted = tokens.get(domain, 0), round(total * share)
+        epochs = min(wanted / have if have else 0.0, max_epochs)
+        plans[domain] = DomainPlan(have, epochs, wanted, round(have * epochs))
+        if wanted > round(have * max_epochs):
+            shortages.append(f"{domain}: {have:,} tokens at {max_epochs:g} epochs give {plans[domain].given:,} of the {wanted:,} wanted")
+    return plans, shortages
+
+
+def _shares(target: dict[str, float]) -> dict[str, float]:
+    if not target or min(target.values()) < 0 or sum(target.values()) <= 0:
+        raise UserError(f"target {target}: give each domain a share of 0 or more, and one above 0")
+    return {domain: share / sum(target.values()) for domain, share in target.items()}
+
+
+def copies(identity: str, epochs: float, seed: int) -> int:
+    """How often a document is taken: floor(epochs), and one more for that fraction of documents whose hash is lowest.
+
+    So a document kept at some rate is also kept at every higher one, and no order or number of tasks changes the choice.
+    """
+    fraction = xxhash.xxh3_64_intdigest(identity.encode("utf-8", "surrogatepass"), seed=seed) / 2**64
+    return int(epochs) + (fraction < epochs - int(epochs))
+
+
+class Mixture(GlobalBlock):
+    """Takes documents so that the tokens of the domains stand in the target's proportions: fewer of what there is too much of, some again.
+
+    target: domain -> share. tokens: of the mix; see `plan_mixture`. max_epochs: how often a document may be taken; a domain that then
+    falls short is reported. tokenizer: a tokenizer.model or tokenizer.json to count with; without one a token is four bytes. key: the
+    metadata entry. Left out are documents of domains that have too many (`over_represented`) or no share (`no_share`); repetitions have
+    `#2`, ... after their id.
+    """
+
+    def __init__(
+        self,
+        target: dict[str, float] | None = None,
+        tokens: int | None = None,
+        max_epochs: float = 4.0,
+        seed: int = 0,
+        tokenizer: str | None = None,
+        key: str = "domain",
+    ):
+        self.target, self.tokens, self.max_epochs, self.seed = target or PAPER_MIX, tokens, max_epochs, seed
+        self.tokenizer, self.key = tokenizer, key
+        _shares(self.target)
+
+    def collect(self, folder: str, partitions: int) -> PipelineStep:
+        return CountTokens(folder, self.key, self.tokenizer)
+
+    def search(self, folder: str, tasks: int) -> list[Search]:
+        return []
+
+    def apply(self, folder: str) -> PipelineStep:
+        return SampleMixture(folder, self.target, self.tokens, self.max_epochs, self.seed, self.key)
+
+
+class CountTokens(PipelineStep):
+    """First pass: domain -> tokens."""
+
+    type = "STATS"
+    name = "tokens by domain"
+
+    def __init__(self, folder: str, key: str, tokenizer: str | None):
+        super().__init__()
+        self.folder, self.key, self.tokenizer = folder, key, tokenizer
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        encode = load_tokenizer(self.tokenizer).encode if self.tokenizer else None
+        tokens: Counter[str] = Counter()
+        for doc in data:
+            tokens[_domain(doc, self.key)] += (
+                len(encode(doc.text)) if encode else -(-len(doc.text.encode("utf-8", "replace")) // _BYTES_A_TOKEN)
+            )
+            yield doc
+        write_task_counts(self.folder, rank, world_size, dict(tokens))
+
+
+class SampleMixture(BaseFilter):
+    """Second pass."""
+
+    name = "mixture"
+
+    def __init__(self, folder: str, target: dict[str, float], tokens: int | None, max_epochs: float, seed: int, key: str):
+        super().__init__()
+        self.folder, self.target, self.tokens = folder, target, tokens
+        self.max_epochs, self.seed, self.key = max_epochs, seed, key
+        self._plans: dict[str, DomainPlan] = {}
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        self._plans, shortages = plan_mixture(self._counted(), self.target, self.tokens, self.max_epochs)
+        for line in shortages if rank == 0 else []:
+            logger.error(f"mixture falls short: {line}")
+        for doc in super().run(data, rank, world_size):
+            again = range(2, self._copies(doc) + 1)
+            text, identity, metadata = doc.text, doc.id, dict(doc.metadata)
+            yield doc
+            for number in again:
+                yield Document(text, f"{identity}#{number}", metadata=dict(metadata))
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if self._copies(doc):
+            return True
+        return False, "over_represented" if self.target.get(_domain(doc, self.key)) else "no_share"
+
+    def _copies(self, doc: Document) -> int:
+        return copies(doc.id, self._plans[_domain(doc, self.key)].epochs, self.seed)
+
+    def _counted(self) -> dict[str, int]:
+        tokens: Counter[str] = Counter()
+        for task in read_task_counts(self.folder):
+            tokens.update(task)
+        return dict(tokens)
+
+
+def _domain(doc: Document, key: str) -> str:
+    return str(doc.metadata.get(key, "none"))

@@ -1,0 +1,223 @@
+"""Personal data and unsafe domains (paper 3.1.1: domains with much PII, harmful ones and adult ones are dropped).
+
+What is found counts only where it stands a check: Luhn for cards, ISO 7064 for IBANs, libphonenumber's plans for telephone numbers, public
+ranges for IP addresses. Addresses set aside for examples (example.org, 192.0.2.0/24) are nobody's.
+"""
+
+import ipaddress
+import re
+from collections import Counter
+from urllib.parse import urlsplit
+
+import phonenumbers
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.writers.disk_base import DiskWriter
+
+from megatron_llama3.curation.lists import read_lists
+from megatron_llama3.curation.plain_words import split_words
+from megatron_llama3.curation.steps import GlobalBlock, Search
+from megatron_llama3.curation.task_counts import read_task_counts, write_task_counts
+
+_EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
+_RESERVED_HOST = re.compile(
+    r"(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local|localdomain|domain|host|tld)$", re.IGNORECASE
+)
+_IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
+_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
+_HIGHEST_SECTION = 32  # numbers of versions and sections are smaller throughout; addresses are that hardly ever
+_CARD = re.compile(r"(?<![\w.-])[2-6]\d{3}(?:[ -]?\d{4}){2}[ -]?\d{1,7}(?![\w-]|\.\d)|(?<![\w.-])3[47]\d{2}[ -]?\d{6}[ -]?\d{5}(?![\w-])")
+_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
+_SOCIAL_SECURITY = re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
+_PHONE = re.compile(r"(?<![\w.:/+-])(?:\+\d{1,3}|\(?0\d|\(\d{3}\)|\d{3}(?=[ .-]\d{3}[ .-]\d{4}))[\d ()/.-]{5,20}\d(?![\w-]|\.\d)")
+# Punctuation that telephone numbers are written with; a bare run of digits is one only behind a +.
+_ARITHMETIC = re.compile(r" - |(\d)\1{5}")
+_SEPARATOR = re.compile(r"\d[ ()/.-]+\d")
+
+
+class RemovePersonalData(BaseFilter):
+    """Replaces e-mail addresses, telephone numbers, public IP addresses, cards, IBANs and US social security numbers by `[email]`, ...
+
+    max_per_thousand_words: a document with more is a list of people, and dropped (`much_personal_data`).
+    phone_regions: whose national form (without +) is recognised too. Counts by kind are left in `personal_data`.
+    """
+
+    name = "Personal data"
+
+    def __init__(
+        self,
+        max_per_thousand_words: float = 50.0,
+        phone_regions: list[str] = ("US", "GB", "DE", "FR"),
+        exclusion_writer: DiskWriter | None = None,
+    ):
+        super().__init__(exclusion_writer)
+        self.max_per_thousand_words = max_per_thousand_words
+        self.phone_regions = list(phone_regions)
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        words = max(1, len(split_words(doc.text)))
+        doc.text, found = remove_personal_data(doc.text, self.phone_regions)
+        for kind, count in found.items():
+            self.stat_update(f"removed_{kind}", value=count, unit="doc")
+        doc.metadata["personal_data"] = dict(found)
+        if found.total() > 1 and found.total() * 1000 > self.max_per_thousand_words * words:
+            return False, "much_personal_data"
+        return True
+
+
+def remove_personal_data(text: str, phone_regions: list[str] = ()) -> tuple[str, Counter[str]]:
+    """The text with placeholders, and how many of each kind there were."""
+    checks = [
+        ("email", _EMAIL, lambda match: not _RESERVED_HOST.search(match[0].rpartition("@")[2])),
+        ("iban", _IBAN, lambda match: is_iban(match[0])),
+        ("card", _CARD, lambda match: passes_luhn(match[0])),
+        ("ssn", _SOCIAL_SECURITY, lambda match: True),
+        ("ip", _IPV4, _is_public_address),
+        ("ip", _IPV6, _is_public_address),
+        ("phone", _PHONE, lambda match: is_phone_number(match[0], phone_regions)),
+    ]
+    found: Counter[str] = Counter()
+    for kind, pattern, is_real in checks:
+
+        def replace(match: re.Match, kind: str = kind, is_real=is_real) -> str:
+            if not is_real(match):
+                return match[0]
+            found[kind] += 1
+            return f"[{kind}]"
+
+        text = pattern.sub(replace, text)
+    return text, found
+
+
+def passes_luhn(number: str) -> bool:
+    """Whether the digits have a valid Luhn check digit; all alike (0000 ...) do not count."""
+    digits = [int(c) for c in reversed(number) if c.isdigit()]
+    doubled = (sum(divmod(2 * d, 10)) for d in digits[1::2])
+    return len(set(digits)) > 1 and 13 <= len(digits) <= 19 and (sum(digits[::2]) + sum(doubled)) % 10 == 0
+
+
+def is_iban(number: str) -> bool:
+    """ISO 7064: the number, its first four characters moved behind, letters as 10 to 35, is 1 modulo 97."""
+    compact = number.replace(" ", "")
+    return 15 <= len(compact) <= 34 and int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
+
+
+def is_phone_number(candidate: str, regions: list[str] = ()) -> bool:
+    """Whether libphonenumber knows such a number: international ones with +, else written with separators as in one of the regions."""
+    if not candidate.startswith("+") and (not _SEPARATOR.search(candidate) or _ARITHMETIC.search(candidate)):
+        return False
+    for region in [None] if candidate.startswith("+") else regions:
+        try:
+            if phonenumbers.is_valid_number(phonenumbers.parse(candidate, region)):
+                return True
+        except phonenumbers.NumberParseException:
+            continue
+    return False
+
+
+def _is_public_address(match: re.Match) -> bool:
+    if match.re is _IPV4 and all(int(part) < _HIGHEST_SECTION for part in match[0].split(".")):
+        return False
+    try:
+        address = ipaddress.ip_address(match[0])
+    except ValueError:
+        return False
+    return address.is_global and not address.is_multicast
+
+
+def host_of(url: str) -> str:
+    """The host in lower case, without port or `www.`; empty where the URL has none."""
+    try:
+        host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
+    except ValueError:
+        return ""
+    return host.lower().removeprefix("www.").rstrip(".")
+
+
+class DomainBlockFilter(BaseFilter):
+    """Drops documents (`blocked_domain`) whose host, or a domain above it, is on a list.
+
+    lists: files, one domain a line (the UT1 lists have this form). key: the metadata entry with the URL; a document without one is kept.
+    """
+
+    name = "Blocked domains"
+
+    def __init__(self, lists: list[str] | str, key: str = "url", exclusion_writer: DiskWriter | None = None):
+        super().__init__(exclusion_writer)
+        self.key = key
+        self.domains = {entry.removeprefix("www.").rstrip(".") for entry in read_lists(lists, "lists")}
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        labels = host_of(doc.metadata.get(self.key) or "").split(".")
+        if any(".".join(labels[start:]) in self.domains for start in range(len(labels))):
+            return False, "blocked_domain"
+        return True
+
+
+class PersonalDomains(GlobalBlock):
+    """Behind `RemovePersonalData`: drops all documents (`personal_domain`) of hosts on which much personal data was found.
+
+    Of hosts with at least `min_documents` documents, those with more than `max_per_thousand_words`. key: the metadata entry with the URL.
+    """
+
+    def __init__(self, max_per_thousand_words: float = 10.0, min_documents: int = 5, key: str = "url"):
+        self.max_per_thousand_words, self.min_documents, self.key = max_per_thousand_words, min_documents, key
+
+    def collect(self, folder: str, partitions: int) -> PipelineStep:
+        return CountPersonalData(folder, self.key)
+
+    def search(self, folder: str, tasks: int) -> list[Search]:
+        return []
+
+    def apply(self, folder: str) -> PipelineStep:
+        return DropPersonalDomains(folder, self.max_per_thousand_words, self.min_documents, self.key)
+
+
+class CountPersonalData(PipelineStep):
+    """First pass: host -> its documents, words and items of personal data."""
+
+    type = "STATS"
+    name = "personal data by domain"
+
+    def __init__(self, folder: str, key: str):
+        super().__init__()
+        self.folder, self.key = folder, key
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        hosts: dict[str, list[int]] = {}
+        for doc in data:
+            found = sum(doc.metadata.get("personal_data", {}).values())
+            _add(hosts, host_of(doc.metadata.get(self.key) or ""), (1, len(split_words(doc.text)), found))
+            yield doc
+        hosts.pop("", None)
+        write_task_counts(self.folder, rank, world_size, hosts)
+
+
+class DropPersonalDomains(BaseFilter):
+    """Second pass."""
+
+    name = "domains with much personal data"
+
+    def __init__(self, folder: str, max_per_thousand_words: float, min_documents: int, key: str):
+        super().__init__()
+        self.folder, self.key = folder, key
+        self.max_per_thousand_words, self.min_documents = max_per_thousand_words, min_documents
+        self._hosts: set[str] | None = None
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if self._hosts is None:  # here, since the step is made before the first pass has run
+            self._hosts = self._dropped_hosts()
+        return (False, "personal_domain") if host_of(doc.metadata.get(self.key) or "") in self._hosts else True
+
+    def _dropped_hosts(self) -> set[str]:
+        totals: dict[str, list[int]] = {}
+        for task in read_task_counts(self.folder):
+            for host, counts in task.items():
+                _add(totals, host, counts)
+        enough = {host: counts for host, counts in totals.items() if counts[0] >= self.min_documents}
+        return {host for host, (_, words, found) in enough.items() if found * 1000 > self.max_per_thousand_words * words}
+
+
+def _add(totals: dict[str, list[int]], host: str, counts: tuple[int, ...] | list[int]) -> None:
+    totals[host] = [a + b for a, b in zip(totals.get(host, [0] * len(counts)), counts)]

@@ -1,0 +1,98 @@
+"""Quality by a trained model (paper 3.1.1): labels from a judge's file, a linear model or an encoder, a filter that scores and drops.
+
+A judge (the paper asked Llama 2 chat whether a document meets stated requirements) leaves JSONL: `text`, or the `id` of a document
+elsewhere, and `score`.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.writers.disk_base import DiskWriter
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.curation.classifier_file import load_classifier
+
+GOOD, BAD = "good", "bad"
+
+
+class QualityFilter(BaseFilter):
+    """Drops documents (`low_quality`) whose probability of `label` is below `min_score`; leaves it in `quality_score`.
+
+    model: a file of tools/train_quality.py, linear or encoder; read in each task when its first document comes.
+    """
+
+    name = "Quality"
+
+    def __init__(
+        self, model: str, min_score: float = 0.5, label: str = GOOD, batch_size: int = 64, exclusion_writer: DiskWriter | None = None
+    ):
+        super().__init__(exclusion_writer, batch_size)
+        self.path, self.min_score, self.label = model, min_score, label
+        self._model, self._column = None, 0
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        return self.filter_batch([doc])[0]
+
+    def filter_batch(self, batch: list[Document]) -> list[bool | tuple[bool, str]]:
+        if self._model is None:
+            self._model = load_classifier(self.path)
+            self._column = column_of(self._model, self.label, self.path)
+        scores = self._model.probabilities([doc.text for doc in batch])[:, self._column]
+        for doc, score in zip(batch, scores):
+            doc.metadata["quality_score"] = round(float(score), 4)
+        return [True if score >= self.min_score else (False, "low_quality") for score in scores]
+
+
+def column_of(model, label: str, path: str) -> int:
+    """The column of a label. Raises UserError where the model has none of that name."""
+    labels = list(model.config.labels)
+    if label not in labels:
+        raise UserError(f"label {label}: {path} knows {', '.join(labels)}")
+    return labels.index(label)
+
+
+def read_judgements(path: str, documents: str | None = None) -> list[tuple[str, float]]:
+    """(text, score) of each line of a judge's JSONL file; texts that it lacks come from `documents` (JSONL with `id` and `text`) by id.
+
+    Raises UserError for a line without a score, or whose text is nowhere.
+    """
+    texts = {record["id"]: record["text"] for _, record in _records(documents, "id", "text")} if documents else {}
+    judged = []
+    for number, record in _records(path, "score"):
+        text = record.get("text", texts.get(record.get("id")))
+        if not isinstance(text, str):
+            raise UserError(f"{path}, line {number}: id {record.get('id')!r} has no text here nor in --documents {documents}")
+        try:
+            judged.append((text, float(record["score"])))
+        except (TypeError, ValueError):
+            raise UserError(f"{path}, line {number}: score {record['score']!r} is no number") from None
+    return judged
+
+
+def _records(path: str, *keys: str) -> Iterator[tuple[int, dict]]:
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or any(key not in record for key in keys):
+                        raise UserError(f"{path}, line {number}: no JSON object with {' and '.join(keys)}")
+                    yield number, record
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: a line is no JSON ({error})") from error
+
+
+def ranking_quality(scores: Sequence[float], is_good: Sequence[bool]) -> float:
+    """Area under the ROC curve: how often a good text scores above a bad one (ties count half)."""
+    scores, good = np.asarray(scores), np.asarray(is_good)
+    values, ranks = np.unique(scores, return_inverse=True)
+    counts = np.bincount(ranks, minlength=len(values))
+    mean_rank = (np.cumsum(counts) - (counts - 1) / 2)[ranks]
+    n_good, n_bad = int(good.sum()), int((~good).sum())
+    return float((mean_rank[good].sum() - n_good * (n_good + 1) / 2) / max(1, n_good * n_bad))

@@ -1,0 +1,141 @@
+"""The input, cut into tasks by bytes. What is no document is listed with the reason: never fatal, never dropped in silence."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.curation.files import task_file, whole_file
+from megatron_llama3.curation.observe import Tally
+from megatron_llama3.data.preprocess_inputs import Source, decompression_errors, expand_inputs, open_source
+from megatron_llama3.data.preprocess_lines import BadRecordError, BlankLineError, LongLine, check_record, line_blocks, parse_json
+
+MAX_RECORD_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Input:
+    """The YAML's `input`. path: files, folders or globs. format: `jsonl`, or `files`, each of which is one document."""
+
+    path: tuple[str, ...]
+    format: str = "jsonl"
+    text_key: str = "text"
+    id_key: str = "id"
+
+    def sources(self) -> list[Source]:
+        """In the order given. Raises UserError for a path that is not there."""
+        if self.format not in ("jsonl", "files"):
+            raise UserError(f"input.format is {self.format!r}: choose from jsonl, files")
+        expanded = expand_inputs([os.path.abspath(path) for path in self.path], "auto" if self.format == "jsonl" else "text")
+        if wrong := [source.path for source in expanded if self.format == "jsonl" and source.kind != "jsonl"]:
+            raise UserError(f"input.path: {wrong[0]} is not .jsonl, .json or .ndjson (also .gz, .zst); 'format: files' takes any")
+        return expanded
+
+
+class ReadInput(PipelineStep):
+    """A rank's share of the sources: successive bytes, so that the documents' order is the input's under any number of tasks.
+
+    Lists what it rejects in `FOLDER/RANK.jsonl` ({"path", "byte", "reason"} a line) and counts it in `tally`.
+    """
+
+    type = "READER"
+    name = "input"
+
+    def __init__(self, sources: list[Source], spec: Input, rejected: str):
+        super().__init__()
+        self.sources, self.spec, self.rejected = sources, spec, rejected
+        self.tally = Tally("input")
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with whole_file(task_file(self.rejected, rank, "jsonl")) as rejected:
+            for source, start, end in shares(self.sources, rank, world_size, self.spec.format):
+                for byte, found in self._read(source, start, end):
+                    if isinstance(found, Document):
+                        self.tally.enters(found)
+                        self.tally.leaves(found)
+                        yield found
+                    else:
+                        rejected.write(orjson.dumps({"path": source.path, "byte": byte, "reason": found}, option=orjson.OPT_APPEND_NEWLINE))
+                        self.tally.drops(f"{source.path}:{byte}", found, re.split(": | at byte ", found)[0], 0)
+
+    def _read(self, source: Source, start: int, end: int) -> Iterator[tuple[int, Document | str]]:
+        """(byte, a document or why there is none)."""
+        byte = start
+        try:
+            with open_source(source.path, source.compression) as stream:
+                if self.spec.format == "files":
+                    yield 0, self._file(source, stream.read(MAX_RECORD_BYTES + 1))
+                    return
+                for begin, block in line_blocks(stream, start, end):
+                    for byte, line in _lines(begin, block):
+                        if (found := self._line(source, byte, line)) is not None:
+                            yield byte, found
+        except decompression_errors() as error:
+            yield byte, f"damaged file, its rest is lost: {error}"
+
+    def _file(self, source: Source, content: bytes) -> Document | str:
+        try:
+            if len(content) > MAX_RECORD_BYTES:
+                raise BadRecordError(f"longer than {MAX_RECORD_BYTES >> 20} MiB")
+            text = content.decode()
+            if not text.strip():
+                raise BadRecordError("empty text")
+        except UnicodeDecodeError as error:
+            return f"invalid UTF-8 at byte {error.start}"
+        except BadRecordError as error:
+            return str(error)
+        return Document(text, source.path, metadata={"file_path": source.path})
+
+    def _line(self, source: Source, byte: int, line: bytes | str) -> Document | str | None:
+        """The document, the reason why it is none, or None for a blank line."""
+        if isinstance(line, str):
+            return line
+        try:
+            record = parse_json(line)
+            check_record(record, [self.spec.text_key])
+        except BlankLineError:
+            return None
+        except BadRecordError as error:
+            return str(error)
+        text = record.pop(self.spec.text_key)
+        metadata = record.pop("metadata", None)
+        identity = record.pop(self.spec.id_key, None)
+        metadata = metadata if isinstance(metadata, dict) else {"metadata": metadata} if metadata is not None else {}
+        identity = f"{Path(source.path).name}:{byte}" if identity is None else str(identity)
+        return Document(text, identity, metadata={**metadata, **record, "file_path": source.path})
+
+
+def shares(sources: list[Source], rank: int, ranks: int, kind: str) -> Iterator[tuple[Source, int, int]]:
+    """(source, first byte, end) of the lines that begin in the rank's share of all bytes; a file that cannot be divided goes whole."""
+    sizes = [max(source.size, 1) for source in sources]
+    total = sum(sizes)
+    low, high = total * rank // ranks, total * (rank + 1) // ranks
+    begin = 0
+    for source, size in zip(sources, sizes):
+        if source.divisible and kind == "jsonl":
+            if (start := max(low - begin, 0)) < (end := min(high - begin, size)):
+                yield source, start, end
+        elif low <= begin < high:
+            yield source, 0, sys.maxsize
+        begin += size
+
+
+def _lines(begin: int, block: bytes | LongLine) -> Iterator[tuple[int, bytes | str]]:
+    """(byte, line) of a block of whole lines; a text instead of a line that is too long."""
+    if isinstance(block, LongLine):
+        kept = bytearray()
+        for chunk in block:
+            if len(kept) <= MAX_RECORD_BYTES:
+                kept += chunk
+        yield begin, bytes(kept) if len(kept) <= MAX_RECORD_BYTES else f"longer than {MAX_RECORD_BYTES >> 20} MiB"
+        return
+    for line in block.split(b"\n"):
+        yield begin, line
+        begin += len(line) + 1

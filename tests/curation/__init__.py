@@ -1,0 +1,6 @@
+"""Skipped, with the reason, where the extra `curation` is not installed."""
+
+import pytest
+
+for module in ("datatrove", "rensa", "resiliparse", "py3langid", "phonenumbers", "xxhash"):
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'megatron-llama3[curation]'")

@@ -1,0 +1,89 @@
+"""Personal data: every kind in every form goes, look-alikes stay; lists of people, blocked and chatty domains are dropped."""
+
+from random import Random
+
+import pytest
+
+from megatron_llama3.config.errors import UserError
+from megatron_llama3.curation.privacy import (
+    DomainBlockFilter,
+    PersonalDomains,
+    RemovePersonalData,
+    host_of,
+    is_iban,
+    passes_luhn,
+    remove_personal_data,
+)
+from tests.curation import planted
+from tests.curation.steps import both_passes, document, judge
+
+REGIONS = ["US", "DE"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_kind_is_replaced_in_running_text(seed):
+    rng = Random(seed)
+    for kind, item in planted.personal_data(rng):
+        text = planted.inserted(planted.prose(rng, 6), item, rng)
+        cleaned, found = remove_personal_data(text, REGIONS)
+        assert cleaned == text.replace(item, f"[{kind}]"), item
+        assert found == {kind: 1}
+        assert remove_personal_data(f"({item}).", REGIONS)[0] == f"([{kind}])."
+
+
+@pytest.mark.parametrize("item", planted.NO_PERSONAL_DATA)
+def test_look_alikes_stay(item):
+    text = f"before {item} after"
+    assert remove_personal_data(text, REGIONS) == (text, {})
+
+
+def test_ipv6_and_american_express():
+    assert remove_personal_data("at 2a00:1450:4001:81b::200e now")[0] == "at [ip] now"
+    assert remove_personal_data("3782 822463 10005")[0] == "[card]"
+
+
+def test_checksums():
+    assert passes_luhn("4111 1111 1111 1111")
+    assert not passes_luhn("4111 1111 1111 1112")
+    assert not passes_luhn("0000 0000 0000 0000")
+    assert is_iban("GB82 WEST 1234 5698 7654 32")
+    assert not is_iban("GB82 WEST 1234 5698 7654 33")
+
+
+def test_counts_are_left_and_lists_of_people_go():
+    rng = Random(0)
+    text = planted.prose(rng, 40)
+    reason, doc = judge(RemovePersonalData(), f"{text} Write to anna.berg@mail.de or call +49 30 2345678.")
+    assert reason is None
+    assert doc.metadata["personal_data"] == {"email": 1, "phone": 1}
+    assert "anna" not in doc.text
+    people = "\n".join(f"{item}" for _ in range(20) for _, item in planted.personal_data(rng))
+    assert judge(RemovePersonalData(), people)[0] == "much_personal_data"
+    reason, doc = judge(RemovePersonalData(), text)
+    assert (reason, doc.text, doc.metadata["personal_data"]) == (None, text, {})
+
+
+def test_blocked_domains(tmp_path):
+    (tmp_path / "list.txt").write_text("# unsafe\nbad.example\nwww.worse.example.org\n")
+    step = DomainBlockFilter(str(tmp_path / "list.txt"))
+    for url in ["http://bad.example/a", "https://www.bad.example:8080", "https://cdn.BAD.example/x?y", "worse.example.org/z"]:
+        assert judge(step, "text", url=url)[0] == "blocked_domain", url
+    for url in ["http://notbad.example/", "http://bad.example.com/", "http://example.org/bad.example", "", None, "http://[broken"]:
+        assert judge(step, "text", url=url)[0] is None, url
+    assert judge(step, "text")[0] is None
+    with pytest.raises(UserError, match="cannot be read"):
+        DomainBlockFilter([str(tmp_path / "list.txt"), str(tmp_path / "none.txt")])
+    assert host_of("https://user@www.A.org:8/x") == "a.org"
+
+
+def test_domains_with_much_personal_data_go_as_a_whole(tmp_path):
+    rng = Random(0)
+    documents = [document(planted.prose(rng, 10), f"clean {i}", url="http://clean.org/", personal_data={}) for i in range(8)]
+    documents += [
+        document(planted.prose(rng, 10), f"people {i}", url=f"http://people.org/{i}", personal_data={"email": 9 * (i % 2)})
+        for i in range(8)
+    ]
+    documents += [document("text", f"small {i}", url="http://small.org/", personal_data={"email": 9}) for i in range(2)]
+    documents += [document("text", f"none {i}", personal_data={"email": 9}) for i in range(8)]
+    _, reasons = both_passes(PersonalDomains(), documents, str(tmp_path))
+    assert reasons == {f"people {i}": "personal_domain" for i in range(8)}

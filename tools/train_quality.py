@@ -1,0 +1,85 @@
+"""Trains a text classifier for the curation steps: quality from a judge's scores, or domains from labels.
+
+    python tools/train_quality.py --judgements judged.jsonl --min-score 3 --kind linear --output quality.npz
+
+takes JSONL with `text` (or `id` of a text in --documents) and `score`: from --min-score on a text is good, below it bad. With --domains the
+lines have `label` instead. A tenth is held out, and what the model makes of it is printed. QualityFilter and DomainLabel read the output.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_llama3.config.errors import UserError, exit_on_user_error
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--judgements", metavar="JSONL", help="texts and the scores that a judge gave")
+    source.add_argument("--domains", metavar="JSONL", help="texts and their labels")
+    parser.add_argument("--documents", metavar="JSONL", help="id and text, where the judge's file has ids only")
+    parser.add_argument("--min-score", type=float, default=0.5, help="the lowest score of a good text")
+    parser.add_argument("--kind", choices=["linear", "encoder"], default="linear", help="linear: fast; encoder: a small transformer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", required=True, metavar="PATH", help="the model, an .npz file")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    flags = parse_arguments()
+    texts, labels = read_examples(flags)
+    sizes = {name: labels.count(name) for name in sorted(set(labels))}
+    if len(sizes) < 2 or min(sizes.values()) < 10:
+        raise UserError(
+            f"{flags.judgements or flags.domains}: has {sizes} examples of each class; give at least 10 of two classes (--min-score?)"
+        )
+    started = time.monotonic()
+    held_out = np.random.default_rng(flags.seed).permutation(len(texts)) < max(1, len(texts) // 10)
+    model = train(
+        flags.kind, [t for t, held in zip(texts, held_out) if not held], [n for n, held in zip(labels, held_out) if not held], flags.seed
+    )
+    print(f"{flags.kind}: {sum(~held_out):,} texts, {sizes}, {time.monotonic() - started:.1f} s")
+    report(model, [t for t, held in zip(texts, held_out) if held], [n for n, held in zip(labels, held_out) if held])
+    model.save(flags.output)
+    print(f"wrote {flags.output}")
+
+
+def read_examples(flags: argparse.Namespace) -> tuple[list[str], list[str]]:
+    from megatron_llama3.curation.quality import BAD, GOOD, read_judgements
+
+    if flags.judgements:
+        judged = read_judgements(flags.judgements, flags.documents)
+        return [text for text, _ in judged], [GOOD if score >= flags.min_score else BAD for _, score in judged]
+    try:
+        records = [json.loads(line) for line in Path(flags.domains).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [record["text"] for record in records], [record["label"] for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--domains {flags.domains}: needs JSONL lines with text and label ({error!r})") from error
+
+
+def train(kind: str, texts: list[str], labels: list[str], seed: int):
+    from megatron_llama3.curation.encoder_classifier import EncoderClassifier
+    from megatron_llama3.curation.linear_classifier import LinearClassifier
+
+    return LinearClassifier.train(texts, labels, seed) if kind == "linear" else EncoderClassifier.train_on(texts, labels, seed)
+
+
+def report(model, texts: list[str], labels: list[str]) -> None:
+    """Accuracy on the held-out texts, and for two classes how well the scores rank them."""
+    from megatron_llama3.curation.quality import ranking_quality
+
+    probabilities = model.probabilities(texts)
+    names = list(model.config.labels)
+    right = sum(names[row.argmax()] == label for row, label in zip(probabilities, labels))
+    line = f"held out: {len(texts):,} texts, {right / len(texts):.3f} right"
+    if len(names) == 2 and len(set(labels)) == 2:
+        line += f", area under the ROC curve {ranking_quality(probabilities[:, 1], [label == names[1] for label in labels]):.3f}"
+    print(line)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
