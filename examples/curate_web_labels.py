@@ -30,7 +30,8 @@ def main() -> None:
     kernel = chosen(flags.folder / "usr/share/doc/linux-doc-6.1/html", flags.pages, rng)
     good = [passage for pages in [*handbook.values(), kernel] for passage in passages(pages)]
     general, code = list(passages(handbook["en-US"])), list(listings(kernel))
-    write(flags.folder / "judged.jsonl", [{"text": text, "score": 4} for text in good] + [{"text": spoilt(t, rng), "score": 1} for t in good])
+    judged = [{"text": text, "score": 4} for text in good] + [{"text": spoilt(text, rng), "score": 1} for text in good]
+    write(flags.folder / "judged.jsonl", judged)
     labelled = [{"text": text, "label": label} for label, texts in (("general", general), ("code", code)) for text in texts]
     write(flags.folder / "labelled.jsonl", labelled)
     write(flags.folder / "quiz.jsonl", [{"question": question} for question in questions([*kernel, *handbook["en-US"]])[:20]])
