@@ -109,10 +109,16 @@ def whole_tensors(chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int
 
 
 class SafeFileSystemReader(FileSystemReader):
-    """torch's reader with `.metadata` read by `read_metadata`: pass it to dcp.load as `storage_reader`."""
+    """torch's reader with `.metadata` read by `read_metadata`: pass it to dcp.load as `storage_reader`.
+
+    Its `read_metadata` raises UserError for an entry that is no tensor: dcp.load would unpickle it without restriction.
+    """
 
     def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
         content = read_metadata(Path(self.path))
+        for key, entry in content.state_dict_metadata.items():
+            if not isinstance(entry, metadata.TensorStorageMetadata):
+                raise UserError(f"{self.path}/{METADATA_FILE}: {key} is stored as a pickle, not as a tensor; loading it could run code")
         content.storage_meta = content.storage_meta or metadata.StorageMeta()
         content.storage_meta.load_id = self.load_id
         return content

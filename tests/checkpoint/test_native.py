@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -117,6 +118,20 @@ def test_poisoned_tensor_is_refused(native, tmp_path):
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match=r"__9_0\.distcp: refused to unpickle"):
         open_native(native).weights["norm.weight"].read()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickle_announced_in_the_place_of_a_tensor_is_refused(native, tmp_path):
+    """torch would load what `.metadata` calls bytes, not a tensor, by a pickle that may run code."""
+    folder = native / "iter_0000000"
+    content = read_metadata(folder)
+    torch.save(Poison(tmp_path / "ran"), folder / "__9_0.distcp")
+    index, info = next((i, s) for i, s in content.storage_data.items() if i.fqn == "model.norm.weight")
+    content.storage_data[type(index)(index.fqn)] = type(info)("__9_0.distcp", 0, (folder / "__9_0.distcp").stat().st_size)
+    content.state_dict_metadata[index.fqn] = BytesStorageMetadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointException, match=r"model\.norm\.weight is stored as a pickle, not as a tensor"):
+        dcp.load({"model.norm.weight": torch.zeros(48)}, storage_reader=SafeFileSystemReader(folder), no_dist=True)
     assert not (tmp_path / "ran").exists()
 
 
