@@ -72,7 +72,7 @@ def write_gguf(path, model, **changes):
     writer.add_feed_forward_length(model.ffn_hidden_size)
     writer.add_head_count(model.num_attention_heads)
     writer.add_head_count_kv(model.num_query_groups)
-    writer.add_rope_freq_base(model.rotary_base)
+    writer.add_rope_freq_base(changes.get("rope_theta", model.rotary_base))
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_layer_norm_rms_eps(model.norm_epsilon)
     writer.add_vocab_size(model.vocab_size)
@@ -130,6 +130,7 @@ def test_rows_go_to_hugging_faces_order(tmp_path):
         ({"architecture": "qwen2"}, "architecture 'qwen2'"),
         ({"expert_count": 8}, "unknown field llama.expert_count = 8"),
         ({"without": "layers.1.ffn_norm.weight"}, r"blk\.1\.ffn_norm\.weight \[32\] is missing"),
+        ({"rope_theta": 10_000.5}, "llama.rope.freq_base is 10000.5, no whole number"),
         ({"factors": np.full(4, 2.5, dtype=np.float32)}, "not Llama 3.1's scaling"),
     ],
 )

@@ -114,6 +114,8 @@ def test_wrong_result_is_caught_before_it_has_its_name(make_hf, tmp_path, monkey
         (["--from", "native", "--to", "hf", "--load", "."], "no native checkpoint"),
         (["--from", "gguf", "--to", "hf", "--load", "."], "0 .gguf files in this folder"),
         (["--from", "hf", "--to", "native", "--load", ".", "--target-model-parallel-size", "2"], "is for --to meta"),
+        (["--from", "hf", "--to", "native", "--load", ".", "--workers", "-1"], "--workers -1: at least 1 is needed"),
+        (["--from", "hf", "--to", "native", "--load", __file__], f"{__file__}/config.json: the file is missing"),
     ],
 )
 def test_refusals_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -126,6 +128,14 @@ def test_refusals_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     assert error.count("\n") == 1
     assert message in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_cannot_be_made_is_one_line(make_hf, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as status:
+        convert(monkeypatch, "--from", "hf", "--to", "meta", "--load", make_hf(), "--save", tmp_path / "file" / "out")
+    assert status.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
 
 
 def big_model(folder, layers=12):
