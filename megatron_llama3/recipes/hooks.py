@@ -96,15 +96,15 @@ def _rollback_target(config: RunConfig, state: TrainState, start: Start | None) 
     folders = [path.parent for path in Path(save).glob(f"iter_*/{STATE_FILE}")] if save is not None else []
     if start is not None and not start.is_hf and not start.options.finetune:
         folders.append(start.folder)
-    states = {folder: read_train_state(folder) for folder in folders if re.fullmatch(r"iter_\d+", folder.name)}
+    whole = [folder for folder in dict.fromkeys(folders) if re.fullmatch(r"iter_\d+", folder.name) and damage(folder) is None]
+    states = {folder: read_train_state(folder) for folder in whole}
     sound = [
         folder
         for folder, saved in states.items()
         if "data" in saved and not saved.get("skipped_in_a_row") and saved["iteration"] < state.iteration
         if saved["iteration"] not in state.rolled_back_to
     ]
-    newest_first = sorted(sound, key=lambda folder: states[folder]["iteration"], reverse=True)
-    return next((folder for folder in newest_first if damage(folder) is None), None)
+    return max(sound, key=lambda folder: states[folder]["iteration"], default=None)
 
 
 def _agree(engine: Engine, answer: Callable):

@@ -132,8 +132,10 @@ def test_refusals_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
 
 def test_folder_that_cannot_be_made_is_one_line(make_hf, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
+    folder = make_hf()
+    capsys.readouterr()
     with pytest.raises(SystemExit) as status:
-        convert(monkeypatch, "--from", "hf", "--to", "meta", "--load", make_hf(), "--save", tmp_path / "file" / "out")
+        convert(monkeypatch, "--from", "hf", "--to", "meta", "--load", folder, "--save", tmp_path / "file" / "out")
     assert status.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
 
@@ -198,26 +200,6 @@ def test_disk_that_fills_up_is_one_line(tmp_path, target):
     assert "while writing; nothing was kept" in error
     assert error.count("\n") == 1
     assert leftovers(tmp_path, "big") == []
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """small_disk(bytes) -> folder on a file system of its own of that size."""
-    mounted = []
-
-    def mount(size):
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-        refused = subprocess.run(command, capture_output=True, text=True)
-        if refused.returncode:
-            pytest.skip(f"mounting a small file system needs root: {refused.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.slow
