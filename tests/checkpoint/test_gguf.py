@@ -1,6 +1,9 @@
 """GGUF input on a real pretrained model, SmolLM2-135M-Instruct, against transformers' own reading of it, and on small files made here."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 
 from megatron_llama3.checkpoint.gguf import open_gguf
 from megatron_llama3.checkpoint.huggingface import export_hf, open_hf
+from megatron_llama3.checkpoint.lazy import equal
 from megatron_llama3.checkpoint.names import to_gguf_name, to_hf_name
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
@@ -48,6 +52,23 @@ def test_real_model_equals_transformers_reading(smollm2, exported):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     tokens = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert "Paris" in tokenizer.decode(ours.generate(**tokens, do_sample=False, max_new_tokens=8)[0])
+
+
+@pytest.mark.slow
+def test_llama_cpp_converts_the_export(smollm2, exported, tmp_path):
+    """Its converter knows the tokenizer by what it does to a text, and gives every weight, number and token back."""
+    converter = Path(sys.prefix, "llama.cpp", "convert_hf_to_gguf.py")
+    if not converter.is_file():
+        pytest.skip("llama.cpp's converter is not installed: scripts/_setup.sh test")
+    environment = os.environ | {"PYTHONPATH": str(converter.parent)}
+    command = [sys.executable, converter, exported, "--outfile", tmp_path / "back.gguf", "--outtype", "f32"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, theirs, first = open_hf(exported), open_gguf(tmp_path / "back.gguf"), open_gguf(smollm2)
+    assert theirs.model == ours.model
+    assert all(equal(tensor, theirs.weights[name]) for name, tensor in ours.weights.items())
+    assert (theirs.assets, theirs.generation, theirs.chat_template) == (first.assets, first.generation, first.chat_template)
+    (tmp_path / "back.gguf").unlink()  # half a gigabyte
 
 
 def test_exported_tokenizer_cuts_text_as_smollm2_does(smollm2):
