@@ -32,6 +32,7 @@ FLAGS = (
     "--num-layers 2 --hidden-size 24 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --vocab-size 101 --seq-length 16 "
     "--global-batch-size 4 --lr 1e-3 --lr-decay-iters 8 --eval-iters 0 --exit-signal-handler"
 )
+ROLLBACK = "--train-iters 10 --save-interval 2 --max-skips-in-a-row 2"
 TWO_BY_TWO = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
 
 
@@ -249,6 +250,27 @@ def test_bad_steps_in_a_row_roll_the_run_back_and_a_resumed_run_does_the_same(da
     ours, theirs = (open_native_tensors(folder / "iter_0000010") for folder in (whole, parts))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key].rows(0, ours[key].shape[0]), theirs[key].rows(0, theirs[key].shape[0])) for key in ours)
+
+
+@pytest.fixture(scope="module")
+def rolled_back_on_one_rank(data, tmp_path_factory) -> dict[int, float | None]:
+    folder = tmp_path_factory.mktemp("one")
+    assert statuses(start(f"{FLAGS} {ROLLBACK} --data-path {data} --save {folder}", 1, folder / "log", poisoned_from(6, 7))) == [0]
+    return losses(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["--pipeline-model-parallel-size 2", "--zero-stage 2", "--zero-stage 3"])
+def test_a_rollback_under_deepspeed_gives_the_losses_of_one_rank(data, tmp_path, rolled_back_on_one_rank, layout):
+    pytest.importorskip("megatron_llama3.training.deepspeed_engine")
+    flags = f"{FLAGS} {ROLLBACK} --data-path {data} --save {tmp_path} --engine deepspeed {layout}"
+    assert statuses(start(flags, 2, tmp_path / "log", poisoned_from(6, 7)), seconds=300) == [0, 0]
+    assert [(e["iteration"], e["to"]) for e in events(tmp_path, "rollback")] == [(7, 4)]
+    found, expected = losses(tmp_path), rolled_back_on_one_rank
+    assert [step for step, loss in found.items() if loss is None] == [6, 7]
+    assert found.keys() == expected.keys()
+    good = [step for step in found if found[step] is not None]
+    assert [found[step] for step in good] == pytest.approx([expected[step] for step in good], rel=1e-5)
 
 
 def test_each_rollback_in_a_row_goes_one_checkpoint_further_back(tmp_path, monkeypatch):
