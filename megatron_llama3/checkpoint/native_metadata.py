@@ -60,7 +60,7 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path, prefix: str = "") -> dict[str, StoredTensor]:
-    """Every tensor whose key starts with `prefix`, checked: chunks lie within it and are as many elements as it has.
+    """Every tensor whose key starts with `prefix`, checked: chunks lie within it and cover it.
 
     Raises UserError as `read_metadata` does, and for a table of contents that contradicts itself or leaves the folder.
     """
@@ -88,7 +88,22 @@ def _stored_tensor(key: str, entry: metadata.TensorStorageMetadata, places: dict
         chunks.append(StoredChunk(offsets, sizes, folder / info.relative_path, info.offset, info.length))
     if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape) or not isinstance(entry.properties.dtype, torch.dtype):
         raise UserError(f"{folder}: the chunks of {key} do not cover its shape {list(shape)}")
+    if _overlap(chunks):
+        raise UserError(f"{folder}: chunks of {key} overlap, so that they do not cover its shape {list(shape)}")
     return StoredTensor(entry.properties.dtype, shape, chunks)
+
+
+def _overlap(chunks: list[StoredChunk]) -> bool:
+    """Whether two of them share an element. Looks only at pairs that share rows: a large model has thousands of chunks."""
+    ordered = sorted((chunk for chunk in chunks if prod(chunk.sizes)), key=lambda chunk: chunk.offsets)
+    for number, first in enumerate(ordered):
+        for second in ordered[number + 1 :]:
+            if second.offsets[0] >= first.offsets[0] + first.sizes[0]:
+                break
+            edges = zip(first.offsets, first.sizes, second.offsets, second.sizes)
+            if all(a < b + d and b < a + c for a, c, b, d in edges):
+                return True
+    return False
 
 
 def write_metadata(folder: Path, chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int, int]]) -> None:

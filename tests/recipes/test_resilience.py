@@ -281,7 +281,8 @@ def test_each_rollback_in_a_row_goes_one_checkpoint_further_back(tmp_path, monke
     for iteration, skipped in ((2, 0), (3, 0), (4, 0), (6, 1)):
         folder = tmp_path / "run" / f"iter_{iteration:07d}"
         folder.mkdir(parents=True)
-        (folder / "train_state.json").write_text(json.dumps({"iteration": iteration, "skipped_in_a_row": skipped, "data": {}}))
+        counts = {"iteration": iteration, "consumed_samples": 0, "consumed_tokens": 0, "skipped_in_a_row": skipped}
+        (folder / "train_state.json").write_text(json.dumps(counts | {"data": {}}))
     (tmp_path / "run" / "iter_0000005").mkdir()
     (tmp_path / "run" / "iter_0000005" / "train_state.json").write_text('{"iter')
     state, found = TrainState(iteration=9), []
