@@ -86,7 +86,7 @@ class CheckpointWriter:
             (partial / STATE_FILE).write_text(json.dumps(state, indent=1))
         except OSError as error:
             remove_leftovers(self.folder)
-            raise UserError(f"--save {self.folder}: checkpoint could not be written: {error.strerror}") from error
+            raise UserError(f"--save {self.folder}: checkpoint could not be written: {_first_line(error)}") from error
 
     def wait(self) -> None:
         """Until the last save is on disk on every rank. Raises UserError on all of them where it could not be written."""
@@ -221,4 +221,6 @@ def _first_line(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if "unexpected pos" in str(error):  # torch's zip writer where a write failed, whose own error it hides
         return "a file could not be written to its end: no space left, or a limit on the size of files"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
