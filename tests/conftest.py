@@ -1,10 +1,13 @@
-"""For every test: the user's cache is left alone."""
+"""For every test: the user's cache is left alone, and a disk that is small enough to fill."""
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 _kept = os.environ.get("XDG_CACHE_HOME")
 
@@ -21,3 +24,23 @@ def pytest_unconfigure(config):
     shutil.rmtree(os.environ.pop("XDG_CACHE_HOME"), ignore_errors=True)
     if _kept is not None:
         os.environ["XDG_CACHE_HOME"] = _kept
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(bytes) -> folder on a file system of its own of that size."""
+    mounted = []
+
+    def mount(size):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        refused = subprocess.run(command, capture_output=True, text=True)
+        if refused.returncode:
+            pytest.skip(f"mounting a small file system needs root: {refused.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
