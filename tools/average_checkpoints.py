@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--load", required=True, type=Path, nargs="+", metavar="DIR", help="checkpoints, oldest first")
     parser.add_argument("--save", required=True, type=Path, metavar="DIR", help="folder to write; must not exist yet")
     parser.add_argument("--exponential-decay", type=float, metavar="D", help="0 < D < 1: each checkpoint moves the mean by 1 - D")
+    parser.add_argument("--no-verify", action="store_true", help="do not hold the checkpoints to their checksums first")
     arguments = parser.parse_args()
     if len(arguments.load) < 2:
         raise UserError("--load: name at least two checkpoints")
@@ -24,11 +25,13 @@ def main() -> None:
         raise UserError(f"--exponential-decay {arguments.exponential_decay}: must lie between 0 and 1")
 
     from megatron_llama3.checkpoint.average import average, averaging_weights
-    from megatron_llama3.checkpoint.native import open_native, write_native
+    from megatron_llama3.checkpoint.native import check_files, open_native, write_native
     from megatron_llama3.checkpoint.publish import publish_folder
 
     shares = averaging_weights(len(arguments.load), arguments.exponential_decay)
     source = average([open_native(path) for path in arguments.load], shares, [str(path) for path in arguments.load])
+    for path in arguments.load if not arguments.no_verify else ():
+        check_files(path)
     with publish_folder(arguments.save, source.nbytes()) as aside:
         write_native(source, aside)
     for path, share in zip(arguments.load, shares, strict=True):

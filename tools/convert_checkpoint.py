@@ -4,8 +4,9 @@
     python tools/convert_checkpoint.py --from native --to hf --load checkpoints/run --save exported --dtype bfloat16
     python tools/convert_checkpoint.py --from hf --to meta --load Llama-3.1-405B --save meta --target-model-parallel-size 8 --no-verify
 
-Weights pass in blocks of rows, several files at a time. Before the result gets its name it is read back and the logits of both sides are
-compared in fp32. What cannot be converted is one line, exit status 2, and leaves nothing under the name of --save.
+Weights pass in blocks of rows, several files at a time. A native checkpoint is held to its checksums first. Before the result gets its name
+it is read back and the logits of both sides are compared in fp32. What cannot be converted is one line, exit status 2, and leaves nothing
+under the name of --save.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="convert the weights (default: keep them; GGUF is dequantised to float32)")
     parser.add_argument("--tokenizer-model", type=Path, metavar="PATH", help="tokenizer to write (default: the one in --load)")
     parser.add_argument("--workers", type=int, help="files written at a time (default: up to 4)")
-    parser.add_argument("--no-verify", action="store_true", help="do not read back and compare logits")
+    parser.add_argument("--no-verify", action="store_true", help="neither hold a native source to its checksums nor compare logits")
     arguments = parser.parse_args()
     if arguments.target_model_parallel_size is not None and arguments.target != "meta":
         raise UserError("--target-model-parallel-size is for --to meta")
@@ -51,6 +52,7 @@ def main() -> None:
     return_freed_blocks()
     import torch
 
+    from megatron_llama3.checkpoint.native import check_files
     from megatron_llama3.checkpoint.publish import publish_folder
     from megatron_llama3.checkpoint.tokenizer_files import with_tokenizer
 
@@ -60,6 +62,8 @@ def main() -> None:
     size = source.nbytes(dtype)
     sides = f"{arguments.load} ({arguments.source}) -> {arguments.save} ({arguments.target})"
     print(f"{sides}: {len(source.weights)} weights, {size / 1e9:.2f} GB")
+    if arguments.source == "native" and not arguments.no_verify:
+        check_files(arguments.load)
     with publish_folder(arguments.save, size) as aside:
         _write(arguments.target, source, aside, dtype, shards, arguments.workers)
         if not arguments.no_verify:

@@ -15,7 +15,7 @@ from megatron_llama3.checkpoint.config_file import read_json
 from megatron_llama3.checkpoint.file_writer import FileWriter
 from megatron_llama3.checkpoint.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, resolve_native
 from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource, cast, map_file
-from megatron_llama3.checkpoint.manifest import entry, write_manifest
+from megatron_llama3.checkpoint.manifest import damaged_files, entry, write_manifest
 from megatron_llama3.checkpoint.names import check_weights
 from megatron_llama3.checkpoint.native_metadata import StoredChunk, StoredTensor, stored_tensors, write_metadata
 from megatron_llama3.checkpoint.publish import write_in_parallel
@@ -50,6 +50,12 @@ def open_native(path: str | Path) -> WeightSource:
         tokenizer_assets(kept) if kept.is_dir() else _tokenizer_of_run(config),
         read_json(generation) if generation.is_file() else {},
     )
+
+
+def check_files(path: str | Path) -> None:
+    """Holds every file of a native checkpoint to its manifest, reading every byte. Raises UserError for the first that differs."""
+    for line in damaged_files(resolve_native(path)):
+        raise UserError(f"{line}; take another checkpoint")
 
 
 def _tokenizer_of_run(config: RunConfig) -> dict[str, bytes]:

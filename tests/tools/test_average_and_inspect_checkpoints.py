@@ -59,6 +59,22 @@ def test_average_refuses(folders, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [("average_checkpoints.py",), ("convert_checkpoint.py", "--from", "native", "--to", "hf")])
+def test_a_flipped_bit_is_refused(folders, tmp_path, flags):
+    shutil.copytree(folders[0] / "iter_0000000", tmp_path / "x")
+    file = max((tmp_path / "x").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    sources = [tmp_path / "x"] if "--from" in flags else [folders[1], tmp_path / "x"]
+    done = tool(*flags, "--load", *sources, "--save", tmp_path / "out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{file}: its bytes are not those that were saved" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert tool(*flags, "--load", *sources, "--save", tmp_path / "out", "--no-verify").returncode == 0
+
+
+@pytest.mark.slow
 def test_inspect(folders):
     shown = tool("inspect_checkpoint.py", folders[0], "--verify")
     assert shown.returncode == 0, shown.stderr
