@@ -1,5 +1,5 @@
-"""Tensor and sequence parallelism: column, row and vocabulary layers over one group. The collective and the product are
-separate autograd nodes, so that a zero-bubble schedule can run the weight half of a product alone.
+"""Tensor and sequence parallelism: column, row and vocabulary layers over one group. The collective and the product are separate autograd
+nodes, so that a zero-bubble schedule can run the weight half of a product alone.
 
 Shapes: s = sequence on this rank before gathering, b = micro-batch, h = hidden size, t = TP size.
 """
