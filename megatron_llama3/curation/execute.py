@@ -233,7 +233,7 @@ def _wait_for_jobs(ids: list[str], which: str, say: Callable[[str], None]) -> No
     if ids:
         say(f"waiting for Slurm jobs {which}: {', '.join(ids)}")
     while ids:
-        queue = subprocess.run(["squeue", "--noheader", "--format=%A"], capture_output=True, text=True)
+        queue = subprocess.run(["squeue", "--noheader", "--format=%F"], capture_output=True, text=True)
         if queue.returncode:
             say(f"squeue: {queue.stderr.strip()}")
         elif not set(queue.stdout.split()) & set(ids):

@@ -1,6 +1,5 @@
 """Whole runs: the same documents under any number of tasks, any executor and any number of kills."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.curation.execute import _wait_for_jobs
 from tests.curation.runs import killed_at, prose, run, write_jsonl, write_pipeline, written
 
 ROOT = Path(__file__).parents[2]
@@ -108,19 +108,32 @@ def test_a_failed_task_is_one_line_and_can_go_on(pipeline, expected, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (pip install ray)")
 def test_ray_gives_the_same_documents(pipeline, expected, tmp_path):
+    pytest.importorskip("ray", reason="ray is not installed: pip install ray")
     run(pipeline, tmp_path / "out", "ray", tasks=3, workers=2)
     assert written(tmp_path / "out") == expected
 
 
+@pytest.fixture
+def on_slurm(slurm, monkeypatch):
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    return slurm
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="no Slurm here: bash scripts/slurm_local.sh up, then source its env.sh")
-def test_slurm_gives_the_same_documents(pipeline, expected, tmp_path):
-    if subprocess.run(["squeue"], capture_output=True).returncode:
-        pytest.skip("no Slurm answers: bash scripts/slurm_local.sh up, then source its env.sh")
+def test_slurm_gives_the_same_documents(on_slurm, pipeline, expected, tmp_path):
     run(pipeline, tmp_path / "out", "slurm", tasks=3, workers=2)
     assert written(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+def test_an_array_is_waited_for_to_its_last_task(on_slurm, tmp_path):
+    """Slurm gives the array's own number to the task that it starts last, which may be the first to end."""
+    (tmp_path / "job.sh").write_text("#!/bin/bash\nsleep $((6 * (1 - SLURM_ARRAY_TASK_ID)))\n")
+    job = on_slurm.submit("--array=0-1", "--output=/dev/null", str(tmp_path / "job.sh"))
+    _wait_for_jobs([job], "submitted", lambda line: None)
+    assert on_slurm.states(job) == ["COMPLETED", "COMPLETED"]
 
 
 @pytest.mark.slow
