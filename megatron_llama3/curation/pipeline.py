@@ -52,6 +52,7 @@ class Pipeline:
     slurm: dict[str, Any] = field(default_factory=dict)
     ray: dict[str, Any] = field(default_factory=dict)
     work: dict[str, Any] = field(default_factory=dict)  # the groups that decide the documents, as read
+    files: list[list] = field(default_factory=list)  # [path, size, modification time] of the files that blocks read
 
 
 def load_pipeline(path: str) -> Pipeline:
@@ -73,6 +74,7 @@ def load_pipeline(path: str) -> Pipeline:
         slurm=groups["slurm"],
         ray=groups["ray"],
         work={group: document.get(group) for group in ("input", "blocks", "output")},
+        files=_named_files(document["blocks"]),
     )
 
 
@@ -143,6 +145,16 @@ def _block(path: str, number: int, entry: Any) -> tuple[str, PipelineStep | Glob
         raise error if str(error).startswith(path) else UserError(f"{where}: {error}") from None
 
 
+def _named_files(value: Any) -> list[list]:
+    """Models, lists and evaluation sets among the blocks' arguments: what a resumed run must find unchanged."""
+    if isinstance(value, dict | list):
+        return [file for part in (value.values() if isinstance(value, dict) else value) for file in _named_files(part)]
+    if not isinstance(value, str) or not os.path.isfile(value):
+        return []
+    status = os.stat(value)
+    return [[os.path.abspath(value), status.st_size, status.st_mtime_ns]]
+
+
 def _is_single(entry: Any) -> bool:
     return isinstance(entry, dict) and len(entry) == 1
 
@@ -180,7 +192,3 @@ def _fits(value: Any, hint: Any) -> bool:
 def _spelt(hint: Any) -> str:
     return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
 
-
-def absolute_sources(pipeline: Pipeline) -> list[list]:
-    """[path, size, modification time] of every input file: what a resumed run must find unchanged."""
-    return [[os.path.abspath(source.path), source.size, source.mtime_ns] for source in pipeline.input.sources()]
