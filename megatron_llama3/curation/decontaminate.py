@@ -18,7 +18,7 @@ from megatron_llama3.curation.plain_words import ngram_hashes, split_words, word
 
 
 class DecontaminationFilter(BaseFilter):
-    """Drops documents (`contaminated_SET`); which example and how much of it goes into `contaminated_by`.
+    """Drops documents that hold an evaluation example (`contaminated_SET`); which one, and how much of it, goes into `contaminated_by`.
 
     evaluation_sets: name -> JSONL file. keys: the fields that hold text, each compared by itself; none given: every field that is a string.
     ngram: words an n-gram. min_share: of an example's words; a number or one for each set (the paper chooses one for each).

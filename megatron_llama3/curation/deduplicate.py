@@ -24,6 +24,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 class UrlDedup(GlobalBlock):
     """Keeps the newest document of each URL; of equally new ones, or ones without a date, the first. Documents without a URL stay.
 
+    Dropped: `older_version`. URLs are compared without scheme, user, default port and fragment, the host in lower case.
+
     url_key, date_key: metadata keys. A date is ISO 8601 (UTC unless it says otherwise) or seconds since 1970.
     """
 
@@ -37,7 +39,7 @@ class UrlDedup(GlobalBlock):
         return [Search("older", tasks, FindOlder(folder, os.path.join(folder, "listed"), tasks))]
 
     def apply(self, folder: str) -> PipelineStep:
-        return DropListed(folder, os.path.join(folder, "listed"), "another version of the URL stays")
+        return DropListed(folder, os.path.join(folder, "listed"), "older_version")
 
 
 def normalised_url(url: str) -> str:
@@ -111,7 +113,9 @@ class LineDedup(GlobalBlock):
     """Removes every copy of a line that is seen more than `times` times in its bucket of `bucket` successive documents, as the paper does.
 
     Lines are compared as ccNet does, without case, punctuation and accents, and with every number 0; lines without a word stay. A document
-    that has no other lines left is dropped. within: a metadata key (such as `language`); lines count only with those of equal values.
+    that has no other lines left is dropped (`no_line_left`).
+
+    within: a metadata key (such as `language`); lines count only with those of equal values.
     """
 
     def __init__(self, times: int = 6, bucket: int = 30_000_000, within: str | None = None):
@@ -205,7 +209,7 @@ class DropLines(BaseFilter):
         if not found.any():
             return True
         doc.text = "\n".join(line for line, drop in zip(lines, found) if not drop)
-        return True if keys[~found].any() else (False, "no line left")
+        return True if keys[~found].any() else (False, "no_line_left")
 
     def _load(self, bucket: int) -> np.ndarray:
         """Sorted, with a last key that no line has, so that it is never empty."""

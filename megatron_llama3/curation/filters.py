@@ -141,6 +141,7 @@ class DirtyWordFilter(BaseFilter):
 class _PlainlySplit:
     """Whatever `language` a filter of datatrove's is given, it splits words as this project does."""
 
+    fixed_arguments = ("language",)
     language = property(lambda self: _PLAIN_WORDS, lambda self, language: None)
 
 
@@ -148,22 +149,40 @@ _PLAIN_WORDS = PlainWords()
 
 
 class GopherQuality(_PlainlySplit, GopherQualityFilter):
-    """datatrove's filter and its arguments; a document without words is `gopher_short_doc`."""
+    """datatrove's filter by Gopher's rules for quality (Rae et al. 2021).
+
+    Drops documents of too few or too many words (`gopher_short_doc`, `gopher_long_doc`), of too short or long ones
+    (`gopher_below_avg_threshold`, `gopher_above_avg_threshold`), with too many `#` or ellipses for their words (`gopher_too_many_hashes`,
+    `gopher_too_many_ellipsis`), lines that are bullets or end in an ellipsis (`gopher_too_many_bullets`, `gopher_too_many_end_ellipsis`),
+    too few words with a letter (`gopher_below_alpha_threshold`), or too few English stop words (`gopher_enough_stop_words`).
+    """
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         return super().filter(doc) if split_words(doc.text) else (False, "gopher_short_doc")
 
 
 class GopherRepetition(_PlainlySplit, GopherRepetitionFilter):
-    """datatrove's filter and its arguments."""
+    """datatrove's filter by Gopher's rules for repetition.
+
+    Drops documents with too many equal paragraphs or lines (`dup_para_frac`, `dup_para_char_frac`, `dup_line_frac`, `dup_line_char_frac`),
+    too much of their text in one n-gram (`top_2_gram`, ...) or in repeated ones (`duplicated_5_n_grams`, ...), or no text (`empty`).
+    """
 
 
 class C4Quality(_PlainlySplit, C4QualityFilter):
-    """datatrove's filter and its arguments. Its rule on curly brackets drops all code: `filter_curly_bracket: false` for that."""
+    """datatrove's filter by C4's rules (Raffel et al. 2020), line by line, then by document.
+
+    Takes out lines without a final mark, of too few words, with a word that is too long, on JavaScript, cookies and terms of use. Drops
+    documents with `lorem_ipsum`, a `curly_bracket` (all code has one: `filter_curly_bracket: false` keeps it) or `too_few_sentences`.
+    """
 
 
 class FineWebQuality(_PlainlySplit, FineWebQualityFilter):
-    """datatrove's filter and its arguments; a document without words is `empty`."""
+    """datatrove's filter by FineWeb's rules (Penedo et al. 2024).
+
+    Drops documents with too few lines that end in a mark (`line_punct_ratio`), too many short ones (`short_line_ratio`), too many
+    characters in repeated lines (`char_dup_ratio`), too many line breaks for their words (`list_ratio`), or no text (`empty`).
+    """
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         return super().filter(doc) if split_words(doc.text) else (False, "empty")

@@ -79,10 +79,12 @@ def copies(identity: str, epochs: float, seed: int) -> int:
 class Mixture(GlobalBlock):
     """Takes documents so that the tokens of the domains stand in the target's proportions: fewer of what there is too much of, some again.
 
-    target: domain -> share. tokens: of the mix; see `plan_mixture`. max_epochs: how often a document may be taken; a domain that then
-    falls short is reported. tokenizer: a tokenizer.model or tokenizer.json to count with; without one a token is four bytes. key: the
-    metadata entry. Left out are documents of domains that have too many (`over_represented`) or no share (`no_share`); repetitions have
-    `#2`, ... after their id.
+    Left out are documents of domains that have too many (`over_represented`) or no share (`no_share`); repetitions have `#2`, ... after
+    their id.
+
+    target: domain -> share; by default the paper's, general 0.50, reasoning 0.25, code 0.17, multilingual 0.08. tokens: of the mix; by
+    default as many as the scarcest domain allows. max_epochs: how often a document may be taken; a domain that then falls short is
+    reported. seed: another one chooses other documents. tokenizer: a tokenizer.model or tokenizer.json to count with; without one a token is four bytes. key: the metadata entry.
     """
 
     def __init__(

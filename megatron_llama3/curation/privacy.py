@@ -162,7 +162,7 @@ class DomainBlockFilter(BaseFilter):
 
 
 class PersonalDomains(GlobalBlock):
-    """Behind `RemovePersonalData`: drops all documents (`personal_domain`) of hosts on which much personal data was found.
+    """Behind `personal_data`: drops all documents (`personal_domain`) of hosts on which much personal data was found.
 
     Of hosts with at least `min_documents` documents, those with more than `max_per_thousand_words`. key: the metadata entry with the URL.
     """

@@ -58,7 +58,7 @@ def test_a_document_without_a_line_left_goes_with_a_reason(tmp_path):
     step.exclusion_writer = _Collects(reasons)
     given = documents(["sign in\nregister"] * 2)
     assert list(step.run(iter(given), 0, 2)) == []
-    assert reasons == ["no line left"] * 2
+    assert reasons == ["no_line_left"] * 2
 
 
 class _Collects:

@@ -42,7 +42,7 @@ def test_what_goes_and_what_stays(pipeline, tmp_path):
     assert [row.name for row in rows] == ["input", "url_dedup", "minhash_dedup", "line_dedup"]
     assert [(row.documents_in, row.documents_out) for row in rows] == [(30, 28), (28, 27), (27, 26), (26, 25)]
     assert rows[0].reasons == {"broken JSON": 1, "not a JSON object but int": 1}
-    assert rows[3].reasons == {"no line left": 1}
+    assert rows[3].reasons == {"no_line_left": 1}
     assert rows[3].changed == 25
     texts = [document["text"] for document in documents]
     assert texts == [prose(8).upper() if seed == 3 else prose(seed - (seed > 3)) for seed in range(26) if seed != 9]
@@ -146,6 +146,6 @@ def test_the_command(pipeline, expected, tmp_path):
     assert done.stderr.splitlines() == [f"2 records of the input are no documents: see {tmp_path / 'out'}/rejected"]
     assert "line_dedup" in done.stdout
     assert written(tmp_path / "out") == expected
-    assert "no line left" in (tmp_path / "report.html").read_text()
+    assert "no_line_left" in (tmp_path / "report.html").read_text()
     done = subprocess.run([*command, "--tasks", "0"], capture_output=True, text=True, env=environment, timeout=300)
     assert (done.returncode, done.stderr) == (2, "error: --tasks 0: must be at least 1\n")
