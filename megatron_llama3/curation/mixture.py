@@ -84,7 +84,8 @@ class Mixture(GlobalBlock):
 
     target: domain -> share; by default the paper's, general 0.50, reasoning 0.25, code 0.17, multilingual 0.08. tokens: of the mix; by
     default as many as the scarcest domain allows. max_epochs: how often a document may be taken; a domain that then falls short is
-    reported. seed: another one chooses other documents. tokenizer: a tokenizer.model or tokenizer.json to count with; without one a token is four bytes. key: the metadata entry.
+    reported. seed: another one chooses other documents. tokenizer: a tokenizer.model or tokenizer.json to count with; without one a token
+    is four bytes. key: the metadata entry.
     """
 
     def __init__(

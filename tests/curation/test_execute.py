@@ -110,7 +110,7 @@ def test_a_failed_task_is_one_line_and_can_go_on(pipeline, expected, tmp_path):
 @pytest.mark.slow
 def test_ray_gives_the_same_documents(pipeline, expected, tmp_path):
     pytest.importorskip("ray", reason="ray is not installed: pip install ray")
-    run(pipeline, tmp_path / "out", "ray", tasks=3, workers=2)
+    run(pipeline, tmp_path / "out", "ray", tasks=2, workers=2)
     assert written(tmp_path / "out") == expected
 
 
