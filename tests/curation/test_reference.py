@@ -1,6 +1,7 @@
 """docs/curation.md has every block as the code has it, and its examples are pipelines."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,9 @@ def test_what_is_not_in_it_is_refused(tmp_path, name):
     (tmp_path / "p.yaml").write_text(f"input: {{path: x}}\nblocks:\n- {name}\n")
     with pytest.raises(UserError, match="unknown argument"):
         load_pipeline(str(tmp_path / "p.yaml"))
+
+
+def test_the_tests_install_what_curation_needs():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = {*extras["test"], *(ROOT / "requirements.txt").read_text().splitlines()}
+    assert set(extras["curation"]) - installed == set()
