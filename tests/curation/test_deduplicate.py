@@ -82,6 +82,16 @@ def test_lines_within_a_language_only(tmp_path):
     assert ["OK" in document.text for document in kept] == [False, False, True, False]
 
 
+def test_programs_are_spared_and_do_not_count(tmp_path):
+    texts = [f"{prose(seed)}\n#include <stdio.h>" for seed in range(10)]
+    given = documents(texts, domain=["code"] * 6 + ["general"] * 4)
+    kept = through(LineDedup(times=3, spare={"domain": ["code", "reasoning"]}), given, tmp_path / "a")
+    assert ["stdio" in document.text for document in kept] == [True] * 6 + [False] * 4
+    given = documents(texts, domain=["code"] * 6 + ["general"] * 4)
+    kept = through(LineDedup(times=4, spare={"domain": ["code"]}), given, tmp_path / "b")
+    assert all("stdio" in document.text for document in kept)
+
+
 def test_bad_arguments():
     with pytest.raises(UserError, match="times 0"):
         LineDedup(times=0)
