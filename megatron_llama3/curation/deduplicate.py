@@ -174,6 +174,19 @@ class WriteLines(PipelineStep):
         writer.close(count)
 
 
+def _without(lines: list[str], dropped: np.ndarray) -> str:
+    """The other lines; of the empty ones around what went, one stays."""
+    kept: list[str] = []
+    gap = True
+    for line, drop in zip(lines, dropped):
+        if drop:
+            gap = gap or not kept[-1].strip()
+        elif line.strip() or not gap:
+            kept.append(line)
+            gap = False
+    return "\n".join(kept).rstrip("\n")
+
+
 class FindFrequent(PipelineStep):
     """Second stage: the keys seen too often in this task's partition of each bucket; `BUCKET_RANK.npy`: uint64."""
 
@@ -215,7 +228,7 @@ class DropLines(BaseFilter):
         found = self._keys[np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)] == keys
         if not found.any():
             return True
-        doc.text = "\n".join(line for line, drop in zip(doc.text.split("\n"), found) if not drop)
+        doc.text = _without(doc.text.split("\n"), found)
         return True if keys[~found].any() else (False, "no_line_left")
 
     def _load(self, bucket: int) -> np.ndarray:

@@ -39,6 +39,12 @@ def test_frequent_lines_go_and_others_stay(tmp_path):
     assert [document.text for document in kept] == [f"{prose(seed)}\n\n}}" + (f"\n{rare}" if seed == 0 else "") for seed in range(7)]
 
 
+def test_no_heap_of_empty_lines_is_left(tmp_path):
+    texts = [f"sign in\n\nregister\n\n{prose(seed)}\n\nsign in\n\n\nEnd {'abc'[seed]}\nregister\n" for seed in range(3)]
+    kept = through(LineDedup(times=2), documents(texts), tmp_path)
+    assert [document.text for document in kept] == [f"{prose(seed)}\n\nEnd {'abc'[seed]}" for seed in range(3)]
+
+
 def test_six_times_is_not_more_than_six(tmp_path):
     texts = [f"{prose(seed)}\nall rights reserved" for seed in range(6)]
     assert [document.text for document in through(LineDedup(), documents(texts), tmp_path)] == texts
