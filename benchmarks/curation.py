@@ -135,7 +135,8 @@ def heuristics(folder: Path, flags) -> None:
     filter_row("duplicate n-grams: logs", DuplicateNgramFilter(), logs, good)
     filter_row("duplicate n-grams: spam", DuplicateNgramFilter(), spam, good)
     for language in ("de", "fr", "ja", "zh"):
-        bad = [f"{text[:400]}\n" * 5 for text in (pages := manual_pages(folder, language, flags.documents // 2))[::5]]
+        pages = manual_pages(folder, language, flags.documents // 2)
+        bad = [f"{text[:400]}\n" * 5 for text in pages[::5]]
         filter_row(f"duplicate n-grams: {language}, one piece five times", DuplicateNgramFilter(), bad, pages)
     inside = [f"{text}\n{planted.log(rng, 30)}" for text in few if len(text) > 6000]
     reasons, texts, _ = judged(DuplicateNgramFilter(), inside)
