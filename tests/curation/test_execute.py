@@ -85,6 +85,18 @@ def test_a_folder_of_other_work_is_refused(pipeline, tmp_path):
         run(pipeline, tmp_path / "out")
 
 
+def test_a_list_that_changed_since_is_refused(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [{"text": prose(1)}])
+    (tmp_path / "words.txt").write_text("snorfle\n")
+    block = f"blocks: [dirty_words: {{words: [{tmp_path / 'words.txt'}]}}]\n"
+    pipeline = write_pipeline(tmp_path, f"input: {{path: {tmp_path / 'in.jsonl'}}}\n{block}")
+    run(pipeline, tmp_path / "out")
+    assert len(run(pipeline, tmp_path / "out")) == 2
+    (tmp_path / "words.txt").write_text("blargish\n")
+    with pytest.raises(UserError, match="a file that a block reads has changed"):
+        run(pipeline, tmp_path / "out")
+
+
 def test_a_foreign_folder_is_refused(pipeline, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
@@ -125,6 +137,13 @@ def on_slurm(slurm, monkeypatch):
 def test_slurm_gives_the_same_documents(on_slurm, pipeline, expected, tmp_path):
     run(pipeline, tmp_path / "out", "slurm", tasks=3, workers=2)
     assert written(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+def test_what_slurm_refuses_is_one_line(on_slurm, pipeline, tmp_path):
+    text = Path(pipeline).read_text().replace("partition: local", "partition: none")
+    with pytest.raises(UserError, match=r"stage input: sbatch refused it \(1\)"):
+        run(write_pipeline(tmp_path, text), tmp_path / "out", "slurm")
 
 
 @pytest.mark.slow
