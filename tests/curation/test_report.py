@@ -10,7 +10,7 @@ VOID = {"meta"}
 
 def rows() -> list[Tally]:
     first = Tally("input", 5, 50, 4, 40, reasons={"broken JSON": 1}, samples={"broken JSON": [[1, "a:0", "broken JSON: x", ""]]})
-    samples = {"<b>low": [[1, "b", "<script>", ""]], "changed": [[2, "c", "x", "y"]], "kept": [[3, "d", "stays </pre>", ""]]}
+    samples = {"<b>low": [[1, "b", "<script>", ""]], "changed": [[2, "c", "<i>x", "<u>y"]], "kept": [[3, "d", "stays </pre>", ""]]}
     first.kinds = {"language": {"en": [3, 30], "<de>": [1, 10]}}
     block = Tally("quality", 4, 40, 3, 20, 2, {"<b>low": 1}, samples, {"language": {"en": [3, 20]}})
     block.score, block.score_width, block.scores = "quality_score", 0.05, {"2": [0, 1], "19": [3, 0]}
@@ -45,7 +45,7 @@ def test_the_page_is_whole_and_stands_alone():
     text = " ".join(page.text)
     for part in ("Curation: <web>.yaml", "a: <b>", "5 records in; 3 documents", "60.0% of the documents, 40.0% of the characters"):
         assert part in text
-    for part in ("<script>", "stays </pre>", "dropped: <b>low", "broken JSON", "changed", "kept as it was", "1 < 2"):
+    for part in ("<i>x", "<u>y", "<script>", "stays </pre>", "dropped: <b>low", "broken JSON", "changed", "kept as it was", "1 < 2"):
         assert part in page.text, part
     assert {"0.1 to 0.15: 0 kept, 1 dropped", "0.95 to 1: 3 kept, 0 dropped"} <= page.titles
     assert "75.0%" in page.text, "of the characters after the input are English"
