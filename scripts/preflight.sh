@@ -4,7 +4,7 @@
 #   bash scripts/preflight.sh                                                    this machine: a process a GPU, or one without
 #   bash scripts/preflight.sh examples/pretrain_llama3_8b.sh --world-size 1024   with the files of this run
 #
-# scripts/pretrain.sbatch runs it on every task first. tools/preflight.py does the work, and says what the exit status means.
+# scripts/pretrain.sbatch runs it on every task first. tools/preflight/ does the work, and says what the exit status means.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

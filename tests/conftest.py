@@ -1,7 +1,8 @@
-"""For every test: the user's cache is left alone. For some: a Slurm."""
+"""For every test: the user's cache is left alone. For some: a Slurm, and a disk that is small enough to fill."""
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -37,3 +38,23 @@ def slurm(tmp_path_factory):
     assert up.returncode == 0, up.stderr
     yield cluster
     cluster.local("down")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(bytes) -> folder on a file system of its own of that size."""
+    mounted = []
+
+    def mount(size):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        refused = subprocess.run(command, capture_output=True, text=True)
+        if refused.returncode:
+            pytest.skip(f"mounting a small file system needs root: {refused.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -32,6 +32,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.target_model_parallel_size is not None and arguments.target != "meta":
         raise UserError("--target-model-parallel-size is for --to meta")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: at least 1 is needed")
     if not arguments.load.exists():
         raise UserError(f"--load {arguments.load}: no such file or folder")
     return arguments
@@ -54,7 +56,7 @@ def main() -> None:
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     source = with_tokenizer(_open(arguments.source, arguments.load), arguments.tokenizer_model)
-    shards = arguments.target_model_parallel_size or 1
+    shards = 1 if arguments.target_model_parallel_size is None else arguments.target_model_parallel_size
     size = source.nbytes(dtype)
     sides = f"{arguments.load} ({arguments.source}) -> {arguments.save} ({arguments.target})"
     print(f"{sides}: {len(source.weights)} weights, {size / 1e9:.2f} GB")

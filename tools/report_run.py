@@ -86,7 +86,7 @@ class Start:
 
 def split_by_start(events: list[dict], metrics: list[dict]) -> list[Start]:
     """Events and metrics by the start of the run that they belong to."""
-    events = [event for event in events if {"event", "time"} <= event.keys()]
+    events = [event for event in events if {"event", "time"} <= event.keys() and (event["event"] != "start" or "since" in event)]
     first = next((i for i, event in enumerate(events) if event["event"] == "start"), len(events))
     starts: list[Start] = []
     for event in events[first:]:
@@ -94,7 +94,7 @@ def split_by_start(events: list[dict], metrics: list[dict]) -> list[Start]:
             starts.append(Start(event["since"], event["iteration"]))
         starts[-1].events.append(event)
     borders = [start.events[0]["time"] for start in starts[1:]] + [float("inf")]
-    for record in metrics:
+    for record in (record for record in metrics if "time" in record):
         owner = next((start for start, end in zip(starts, borders) if record["time"] < end), None)
         if owner is not None:
             owner.metrics.append(record)

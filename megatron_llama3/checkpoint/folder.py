@@ -8,6 +8,7 @@ from megatron_llama3.config.errors import UserError
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "run_config.yaml"
 STATE_FILE = "train_state.json"
+COUNTS = ("iteration", "consumed_samples", "consumed_tokens")  # in every train state
 
 
 def resolve_native(path: str | Path) -> Path:
@@ -32,7 +33,11 @@ def read_train_state(folder: Path) -> dict:
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_bytes())
-        int(state["iteration"])
-        return state
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    for name in COUNTS:
+        if not isinstance(state, dict) or type(state.get(name)) is not int:
+            raise UserError(f"{path}: damaged: no whole number {name}")
+    return state

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_llama3.checkpoint.config_file import as_field
 from megatron_llama3.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource
 from megatron_llama3.checkpoint.names import check_weights, to_gguf_name
@@ -43,7 +44,10 @@ def open_gguf(path: str | Path) -> WeightSource:
     found = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in stored.items() if name != _ROPE_FACTORS}
     check_weights(found, {to_gguf_name(name): shape for name, shape in shapes.items()}, path)
     weights = {name: _lazy(stored[to_gguf_name(name)], shape, path) for name, shape in shapes.items()}
-    assets, generation = tokenizer_from_gguf(fields)
+    try:
+        assets, generation = tokenizer_from_gguf(fields)
+    except (IndexError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: the tokenizer in it is damaged ({type(error).__name__}: {error})") from None
     return WeightSource(model, weights, assets, generation, fields.get("tokenizer.chat_template"))
 
 
@@ -83,12 +87,12 @@ def _config(fields: dict, stored: dict, path: Path) -> ModelConfig:
     if missing or to_gguf_name("tok_embeddings.weight") not in stored:
         raise UserError(f"{path}: {'the field llama.' + missing[0] if missing else 'the embedding'} is missing")
     head_dim = ours.get("attention.key_length", ours.get("rope.dimension_count"))
-    values = {name: ours[key] for key, name in _FIELDS.items()}
+    values = {name: as_field(name, ours[key], f"llama.{key}", path) for key, name in _FIELDS.items()}
     values["norm_epsilon"] = float(str(np.float32(values["norm_epsilon"])))  # 9.999999747378752e-06 was written as 1e-05
     model = ModelConfig(
         **values,
         vocab_size=int(stored[to_gguf_name("tok_embeddings.weight")].shape[1]),
-        rotary_base=int(ours.get("rope.freq_base", 10_000)),
+        rotary_base=as_field("rotary_base", ours.get("rope.freq_base", 10_000), "llama.rope.freq_base", path),
         untie_embeddings_and_output_weights=to_gguf_name("output.weight") in stored,
     )
     if head_dim not in (None, model.head_dim):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_llama3.checkpoint.config_file import read_json
 from megatron_llama3.checkpoint.huggingface_config import config_from_hf, config_to_hf
 from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource, cast, equal
 from megatron_llama3.checkpoint.names import check_weights, to_halves, to_hf_name, to_pairs
@@ -28,11 +29,12 @@ def open_hf(folder: str | Path) -> WeightSource:
     Raises UserError for another architecture, a missing or truncated file, or weights that do not fit the config.
     """
     folder = Path(folder)
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     model = config_from_hf(config, folder / "config.json")
     tensors = _tensors(folder)
     head = None if model.untie_embeddings_and_output_weights else tensors.pop("lm_head.weight", None)
-    if head is not None and not equal(head, tensors["model.embed_tokens.weight"]):
+    embedding = tensors.get("model.embed_tokens.weight")
+    if head is not None and embedding is not None and not equal(head, embedding):
         raise UserError(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight")
     shapes = {name: spec.shape for name, spec in weight_table(model).items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -40,7 +42,7 @@ def open_hf(folder: str | Path) -> WeightSource:
     weights = {name: to_pairs(name, tensors[to_hf_name(name)], model) for name in shapes}
     generation = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
     if (folder / "generation_config.json").is_file():
-        generation |= _json(folder / "generation_config.json")
+        generation |= read_json(folder / "generation_config.json")
     return WeightSource(model, weights, tokenizer_assets(folder), generation)
 
 
@@ -83,7 +85,7 @@ def _tensors(folder: Path) -> dict[str, LazyTensor]:
     index_file = folder / "model.safetensors.index.json"
     if not index_file.is_file():
         return read_safetensors(folder / "model.safetensors")
-    weight_map = _json(index_file).get("weight_map")
+    weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or any(Path(str(file)).name != file for file in weight_map.values()):
         raise UserError(f"{index_file}: no weight_map from weight names to files of the same folder")
     tensors: dict[str, LazyTensor] = {}
@@ -106,18 +108,6 @@ def _shards(weights: dict[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
         shards[-1][name] = tensor
         size += tensor.nbytes
     return shards
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: the file is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is expected")
-    return content
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -5,6 +5,7 @@ A field that would change the numbers and that our model does not have is refuse
 
 from dataclasses import fields
 
+from megatron_llama3.checkpoint.config_file import as_field, as_type
 from megatron_llama3.checkpoint.tokenizer_files import TOKEN_IDS
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
@@ -79,11 +80,13 @@ def config_to_hf(model: ModelConfig, dtype: str = "bfloat16", token_ids: dict | 
 def config_from_hf(config: dict, where: object = "config.json") -> ModelConfig:
     """ModelConfig of a LlamaForCausalLM's `config.json`. `where` names the file in errors.
 
-    Raises UserError for another architecture, a field that our model lacks, a missing field, or two RoPE forms that disagree.
+    Raises UserError for another architecture, a field that our model lacks, a missing field or one of another type, or two RoPE forms that
+    disagree.
     """
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if config.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
-        raise UserError(f"{where}: {architectures[0]} (model_type {config.get('model_type')!r}) is not LlamaForCausalLM")
+        named = architectures[0] if isinstance(architectures, list) else architectures
+        raise UserError(f"{where}: {named} (model_type {config.get('model_type')!r}) is not LlamaForCausalLM")
     for key, value in config.items():
         if key in _REQUIRED and value != _REQUIRED[key]:
             raise UserError(f"{where}: {key} is {value!r}; Llama 3 has {_REQUIRED[key]!r}")
@@ -91,14 +94,17 @@ def config_from_hf(config: dict, where: object = "config.json") -> ModelConfig:
             raise UserError(f"{where}: unknown field {key} = {value!r}; remove it if it does not change the numbers of the model")
     values = {}
     for theirs, ours in _SAME_VALUE.items():
-        value = config.get(theirs, config["num_attention_heads"] if theirs == "num_key_value_heads" else _OPTIONAL.get(theirs))
+        value = config.get(theirs)
+        if value is None:
+            value = config["num_attention_heads"] if theirs == "num_key_value_heads" else _OPTIONAL.get(theirs)
         if value is None:
             raise UserError(f"{where}: the field {theirs} is missing")
-        values[ours] = _as_field(ours, value)
-    model = ModelConfig(**values, untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False), **_rope(config, where))
+        values[ours] = as_field(ours, value, theirs, where)
+    tied = as_type(bool, config.get("tie_word_embeddings", False), "tie_word_embeddings", where)
+    model = ModelConfig(**values, untie_embeddings_and_output_weights=not tied, **_rope(config, where))
     head_dim = config.get("head_dim")
     if head_dim not in (None, model.head_dim):
-        model.kv_channels = head_dim
+        model.kv_channels = as_type(int, head_dim, "head_dim", where)
     return model
 
 
@@ -115,21 +121,19 @@ def _rope(config: dict, where: object) -> dict:
 
 
 def _rope_form(form: dict, key: str, theta: float | None, where: object) -> dict:
+    if not isinstance(form, dict):
+        raise UserError(f"{where}: {key} is {form!r}, no JSON object")
     kind = form.get("rope_type", form.get("type", "default"))
     base = form.get("rope_theta", 10_000 if theta is None else theta)  # 10,000: LlamaConfig's default
-    if base != int(base):
-        raise UserError(f"{where}: rope_theta {base} is no whole number, which --rotary-base is, as in Megatron-LM")
-    values = {"rotary_base": int(base)}
-    numbers = {name: value for name, value in form.items() if name not in ("rope_type", "type", "rope_theta")}
+    values = {"rotary_base": as_field("rotary_base", base, "rope_theta", where)}  # --rotary-base is whole, as in Megatron-LM
+    numbers = {name: value for name, value in form.items() if name not in ("rope_type", "type", "rope_theta") and value is not None}
+    if kind == "default" and numbers and numbers != {"partial_rotary_factor": 1.0}:
+        raise UserError(f"{where}: {key} of type 'default' has {sorted(numbers)}, which only other types use")
     if kind == "default":
         return values
     if kind != "llama3":
         raise UserError(f"{where}: {key} of type {kind!r}; Llama 3 has 'default' or 'llama3'")
     if set(numbers) != set(_ROPE_NUMBERS):
         raise UserError(f"{where}: {key} of type 'llama3' has {sorted(numbers)}, needs {sorted(_ROPE_NUMBERS)}")
-    return values | {"use_rope_scaling": True} | {ours: _as_field(ours, numbers[theirs]) for theirs, ours in _ROPE_NUMBERS.items()}
-
-
-def _as_field(name: str, value: float) -> float:
-    """JSON does not tell 8 from 8.0; the run config does."""
-    return type(getattr(ModelConfig(), name))(value)
+    scaling = {ours: as_field(ours, numbers[theirs], f"{theirs} of {key}", where) for theirs, ours in _ROPE_NUMBERS.items()}
+    return values | {"use_rope_scaling": True} | scaling

@@ -47,7 +47,8 @@ def read_manifest(folder: Path) -> dict[str, dict] | None:
         return None
     try:
         files = json.loads(path.read_bytes())["files"]
-        if all(Path(name).name == name and int(entry["crc32"], 16) >= 0 and int(entry["bytes"]) >= 0 for name, entry in files.items()):
+        sound = (Path(name).name == name and int(entry["crc32"], 16) >= 0 and int(entry["bytes"]) >= 0 for name, entry in files.items())
+        if set(SMALL_FILES) <= files.keys() and all(sound):
             return files
     except (AttributeError, KeyError, TypeError, ValueError):
         pass

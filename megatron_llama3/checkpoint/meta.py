@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_llama3.checkpoint.config_file import read_json
 from megatron_llama3.checkpoint.file_writer import FileWriter
 from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource, cast, concatenate, equal, map_file, narrow
 from megatron_llama3.checkpoint.meta_params import config_from_meta, config_to_meta
@@ -33,7 +34,7 @@ def open_meta(folder: str | Path) -> WeightSource:
     Raises UserError for a missing shard, a truncated or poisoned file, or weights that do not fit params.json.
     """
     folder = Path(folder)
-    params = _params(folder / "params.json")
+    params = read_json(folder / "params.json")
     shards = _open_shards(folder)
     joined = {name: _join(name, [shard[name] for shard in shards], folder) for name in _names(shards, folder)}
     for name in (_EMBEDDING, "layers.0.feed_forward.w1.weight"):
@@ -97,16 +98,6 @@ def _cut(tensor: LazyTensor, spec: WeightSpec, num_shards: int, rank: int) -> La
     return narrow(tensor, spec.split_dim, rank * length, length)
 
 
-def _params(path: Path) -> dict:
-    try:
-        params = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: the file is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    return params
-
-
 def _open_shards(folder: Path) -> list[dict[str, LazyTensor]]:
     matches = {path: re.fullmatch(r"consolidated\.(\d+)\.pth", path.name) for path in folder.glob("consolidated.*.pth")}
     numbers = {int(match[1]): path for path, match in matches.items() if match}
@@ -118,8 +109,8 @@ def _open_shards(folder: Path) -> list[dict[str, LazyTensor]]:
     shards = []
     for number in sorted(numbers):
         shard = read_archive(map_file(numbers[number]), numbers[number])
-        if not isinstance(shard, dict) or not all(isinstance(tensor, LazyTensor) for tensor in shard.values()):
-            raise UserError(f"{numbers[number]}: not a dict of tensors")
+        if not isinstance(shard, dict) or not all(isinstance(n, str) and isinstance(t, LazyTensor) for n, t in shard.items()):
+            raise UserError(f"{numbers[number]}: not a dict of tensors by name")
         shards.append({name: tensor for name, tensor in shard.items() if name not in _CONSTANTS})
     return shards
 

@@ -2,6 +2,7 @@
 
 import math
 
+from megatron_llama3.checkpoint.config_file import as_field, as_type
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
 
@@ -25,7 +26,7 @@ _EXTENSIONS = {
     "init_method_std": "init_method_std",
 }
 _FFN_FIELDS = ("multiple_of", "ffn_dim_multiplier")
-_DEFAULTS = {"n_kv_heads": None, "norm_eps": 1e-5, "rope_theta": 500_000, "use_scaled_rope": False, "vocab_size": -1}
+_DEFAULTS = {"norm_eps": 1e-5, "rope_theta": 500_000, "use_scaled_rope": False, "vocab_size": -1, "multiple_of": 256}
 _WITHOUT_EFFECT = {"max_batch_size", "max_seq_len"}
 _RELEASED_FFN = ((1.5, 256), (1.0, 256), (1.3, 4096), (1.2, 4096), (1.3, 1024))  # 3.2 1B, 3.2 3B, 70B, 405B, 8B
 
@@ -33,27 +34,27 @@ _RELEASED_FFN = ((1.5, 256), (1.0, 256), (1.3, 4096), (1.2, 4096), (1.3, 1024)) 
 def config_from_meta(params: dict, vocab_size: int, ffn_hidden_size: int, tied: bool, where: object) -> ModelConfig:
     """ModelConfig of a `params.json` and of what only the weights tell. KV heads are those that the file states, duplicates included.
 
-    Raises UserError for an unknown field, a missing one, or sizes that the weights contradict.
+    Raises UserError for an unknown field, a missing one, one of another type, or sizes that the weights contradict.
     """
     for key, value in params.items():
         if key not in {*_SAME_VALUE, *_EXTENSIONS, *_FFN_FIELDS, *_WITHOUT_EFFECT} and value not in (None, False, -1):
             raise UserError(f"{where}: unknown field {key} = {value!r}, which may change the numbers of the model")
-    values = {ours: params.get(key, _DEFAULTS.get(key)) for key, ours in _SAME_VALUE.items()}
+    params = _DEFAULTS | {key: value for key, value in params.items() if value is not None}
     for key in ("dim", "n_layers", "n_heads"):
-        if params.get(key) is None:
+        if key not in params:
             raise UserError(f"{where}: the field {key} is missing")
-    if values["vocab_size"] not in (-1, vocab_size):
-        raise UserError(f"{where}: vocab_size is {values['vocab_size']}, the embedding has {vocab_size} rows")
-    values["vocab_size"] = vocab_size
-    values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
-    if values["rotary_base"] != int(values["rotary_base"]):
-        raise UserError(f"{where}: rope_theta {values['rotary_base']} is no whole number, which --rotary-base is, as in Megatron-LM")
-    values["rotary_base"] = int(values["rotary_base"])
-    expected = ffn_size(params["dim"], params.get("ffn_dim_multiplier"), params.get("multiple_of", 256))
+    if params["vocab_size"] not in (-1, vocab_size):
+        raise UserError(f"{where}: vocab_size is {params['vocab_size']}, the embedding has {vocab_size} rows")
+    params = {"n_kv_heads": params["n_heads"], **params, "vocab_size": vocab_size}
+    values = {ours: as_field(ours, params[key], key, where) for key, ours in _SAME_VALUE.items()}
+    multiplier = params.get("ffn_dim_multiplier")
+    if multiplier is not None:
+        multiplier = as_type(float, multiplier, "ffn_dim_multiplier", where)
+    expected = ffn_size(values["hidden_size"], multiplier, as_type(int, params["multiple_of"], "multiple_of", where))
     if expected != ffn_hidden_size:
         rule = f"multiple_of and ffn_dim_multiplier make the feed-forward {expected} wide"
         raise UserError(f"{where}: {rule}, the weights have {ffn_hidden_size}")
-    extensions = {ours: params[key] for key, ours in _EXTENSIONS.items() if key in params}
+    extensions = {ours: as_field(ours, params[key], key, where) for key, ours in _EXTENSIONS.items() if key in params}
     extensions.setdefault("max_position_embeddings", _usual_length(values["use_rope_scaling"]))
     return ModelConfig(**values, **extensions, ffn_hidden_size=ffn_hidden_size, untie_embeddings_and_output_weights=not tied)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_llama3.checkpoint.config_file import read_json
 from megatron_llama3.checkpoint.file_writer import FileWriter
 from megatron_llama3.checkpoint.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, resolve_native
 from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource, cast, map_file
@@ -47,7 +48,7 @@ def open_native(path: str | Path) -> WeightSource:
         config.model,
         {name: tensors[name] for name in shapes},
         tokenizer_assets(kept) if kept.is_dir() else _tokenizer_of_run(config),
-        json.loads(generation.read_bytes()) if generation.is_file() else {},
+        read_json(generation) if generation.is_file() else {},
     )
 
 

@@ -60,7 +60,7 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path, prefix: str = "") -> dict[str, StoredTensor]:
-    """Every tensor whose key starts with `prefix`, checked: chunks lie within it and are as many elements as it has.
+    """Every tensor whose key starts with `prefix`, checked: chunks lie within it and cover it.
 
     Raises UserError as `read_metadata` does, and for a table of contents that contradicts itself or leaves the folder.
     """
@@ -88,7 +88,22 @@ def _stored_tensor(key: str, entry: metadata.TensorStorageMetadata, places: dict
         chunks.append(StoredChunk(offsets, sizes, folder / info.relative_path, info.offset, info.length))
     if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape) or not isinstance(entry.properties.dtype, torch.dtype):
         raise UserError(f"{folder}: the chunks of {key} do not cover its shape {list(shape)}")
+    if _overlap(chunks):
+        raise UserError(f"{folder}: chunks of {key} overlap, so that they do not cover its shape {list(shape)}")
     return StoredTensor(entry.properties.dtype, shape, chunks)
+
+
+def _overlap(chunks: list[StoredChunk]) -> bool:
+    """Whether two of them share an element. Looks only at pairs that share rows: a large model has thousands of chunks."""
+    ordered = sorted((chunk for chunk in chunks if prod(chunk.sizes)), key=lambda chunk: chunk.offsets)
+    for number, first in enumerate(ordered):
+        for second in ordered[number + 1 :]:
+            if second.offsets[0] >= first.offsets[0] + first.sizes[0]:
+                break
+            edges = zip(first.offsets, first.sizes, second.offsets, second.sizes)
+            if all(a < b + d and b < a + c for a, c, b, d in edges):
+                return True
+    return False
 
 
 def write_metadata(folder: Path, chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int, int]]) -> None:
@@ -109,10 +124,16 @@ def whole_tensors(chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int
 
 
 class SafeFileSystemReader(FileSystemReader):
-    """torch's reader with `.metadata` read by `read_metadata`: pass it to dcp.load as `storage_reader`."""
+    """torch's reader with `.metadata` read by `read_metadata`: pass it to dcp.load as `storage_reader`.
+
+    Its `read_metadata` raises UserError for an entry that is no tensor: dcp.load would unpickle it without restriction.
+    """
 
     def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
         content = read_metadata(Path(self.path))
+        for key, entry in content.state_dict_metadata.items():
+            if not isinstance(entry, metadata.TensorStorageMetadata):
+                raise UserError(f"{self.path}/{METADATA_FILE}: {key} is stored as a pickle, not as a tensor; loading it could run code")
         content.storage_meta = content.storage_meta or metadata.StorageMeta()
         content.storage_meta.load_id = self.load_id
         return content

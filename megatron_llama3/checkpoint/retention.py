@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+from megatron_llama3.checkpoint.folder import read_train_state
 from megatron_llama3.checkpoint.manifest import damage
 from megatron_llama3.config.run import CheckpointConfig
 
@@ -13,17 +14,21 @@ PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
 
 def delete_older(newest: Path, options: CheckpointConfig, protected: Path | None = None) -> list[Path]:
     """Deletes what --keep-last and --keep-every do not keep of the whole checkpoints beside `newest`, which was just published, and older
-    than it. `protected` (a resolved path) and what is damaged, which a person should look at, stay. Returns the folders that are gone.
+    than it. `protected` (a resolved path) and what is damaged, which a person should look at, stay; so does the newest one that was not
+    saved amid skipped steps, to which a rollback goes. Returns the folders that are gone.
     """
     if options.keep_last is None and options.keep_every is None:
         return []
     kept, gone = 1, []
+    has_sound = _is_sound(newest)
     for iteration, folder in _older(newest):
         if damage(folder) is not None:
             continue
         kept += 1
+        is_newest_sound = not has_sound and _is_sound(folder)
+        has_sound = has_sound or is_newest_sound
         is_kept_forever = options.keep_every is not None and iteration % options.keep_every == 0
-        if kept > (options.keep_last or 1) and not is_kept_forever and folder.resolve() != protected:
+        if kept > (options.keep_last or 1) and not is_kept_forever and not is_newest_sound and folder.resolve() != protected:
             remove_folder(folder)
             gone.append(folder)
     return gone
@@ -45,6 +50,10 @@ def remove_leftovers(save: Path) -> None:
             path.rename(final)
         elif path.suffix in (PARTIAL, DELETED, REPLACED):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_sound(folder: Path) -> bool:
+    return not read_train_state(folder).get("skipped_in_a_row")
 
 
 def _older(newest: Path) -> list[tuple[int, Path]]:

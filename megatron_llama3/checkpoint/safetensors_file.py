@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -28,14 +29,11 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         raise UserError(f"{path}: the file is missing")
     mapping = map_file(path)
     header, data_start = _header(path, mapping)
-    tensors = {}
+    tensors, ranges = {}, []
     for name, entry in header.items():
         if name == "__metadata__" or name.endswith("rotary_emb.inv_freq"):  # old exports store this constant
             continue
-        try:
-            code, shape, (start, stop) = entry["dtype"], [int(size) for size in entry["shape"]], entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: the entry of {name} in the header is malformed") from None
+        code, shape, start, stop = _entry(entry, name, path)
         if code not in _DTYPES:
             raise UserError(f"{path}: {name} has dtype {code}; only {', '.join(_DTYPES)} can be read (dequantise it first)")
         if stop - start != prod(shape) * _DTYPES[code].itemsize or not 0 <= start <= stop or min(shape, default=0) < 0:
@@ -43,6 +41,11 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         if data_start + stop > len(mapping):
             raise UserError(f"{path}: truncated: {name} ends at byte {data_start + stop}, the file has {len(mapping)}")
         tensors[name] = from_mapping(mapping, data_start + start, shape, _DTYPES[code])
+        ranges.append((start, stop, name))
+    ranges.sort()
+    for (_, end, name), (start, _, other) in pairwise(ranges):
+        if start < end:
+            raise UserError(f"{path}: the byte ranges of {name} and {other} overlap")
     return tensors
 
 
@@ -73,6 +76,17 @@ def _write_run(path: Path, start: int, tensors: Sequence[LazyTensor]) -> None:
     with FileWriter(path, start) as file:
         for tensor in tensors:
             file.write(map(tensor_bytes, tensor.blocks()))
+
+
+def _entry(entry: object, name: str, path: Path) -> tuple[str, list[int], int, int]:
+    """(dtype's code, shape, first byte, byte behind the last) of a tensor, of the right types but not yet checked otherwise."""
+    try:
+        code, shape, (start, stop) = entry["dtype"], list(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        code, shape, start, stop = None, [], 0, 0
+    if not isinstance(code, str) or any(type(number) is not int for number in (*shape, start, stop)):
+        raise UserError(f"{path}: the entry of {name} in the header is malformed")
+    return code, shape, start, stop
 
 
 def _header(path: Path, mapping) -> tuple[dict, int]:

@@ -56,15 +56,15 @@ class CheckpointWriter:
             remove_leftovers(self.folder)
 
     def save(self, state: TrainState, stream: TrainingStream) -> None:
-        """Copies the run's state to host memory, which is the time training stops for, and writes it in the background."""
+        """Copies the run's state to host memory, which is the time training stops for, and writes it in the background.
+
+        Raises UserError where this save cannot be begun, or the last one could not be written.
+        """
         started = time.monotonic()
         self.wait()
         partial = self.folder / f"iter_{state.iteration:07d}{PARTIAL}"
         if self.engine.groups.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / CONFIG_FILE).write_text(resolved_yaml(self.config))
-            (partial / STATE_FILE).write_text(json.dumps(_train_state(state, stream, self.config), indent=1))
+            self._begin(partial, _train_state(state, stream, self.config))
         dist.barrier(self.group)
         written = dcp.async_save(
             self._tensors(),
@@ -76,6 +76,17 @@ class CheckpointWriter:
         if self.config.checkpoint.no_async_save:
             self.wait()
         self.last_stall_seconds = time.monotonic() - started
+
+    def _begin(self, partial: Path, state: dict) -> None:
+        """On rank 0: the folder, with all but tensors. What fails here ends this rank, and with it the others."""
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            (partial / CONFIG_FILE).write_text(resolved_yaml(self.config))
+            (partial / STATE_FILE).write_text(json.dumps(state, indent=1))
+        except OSError as error:
+            remove_leftovers(self.folder)
+            raise UserError(f"--save {self.folder}: checkpoint could not be written: {_first_line(error)}") from error
 
     def wait(self) -> None:
         """Until the last save is on disk on every rank. Raises UserError on all of them where it could not be written."""
@@ -210,4 +221,6 @@ def _first_line(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if "unexpected pos" in str(error):  # torch's zip writer where a write failed, whose own error it hides
         return "a file could not be written to its end: no space left, or a limit on the size of files"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,10 +1,10 @@
 """The files that travel with the weights: tokenizer, chat template, generation config."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from megatron_llama3.checkpoint.config_file import read_json
 from megatron_llama3.checkpoint.lazy import WeightSource
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.tokenizer.llama3 import Tokenizer, load_tokenizer
@@ -33,7 +33,7 @@ def with_tokenizer(source: WeightSource, path: str | Path | None, chat_template:
     if path is not None:
         config = Path(path) / "generation_config.json"
         kept = {key: value for key, value in source.generation.items() if key not in TOKEN_IDS}
-        generation = kept | (json.loads(config.read_bytes()) if config.is_file() else {})
+        generation = kept | (read_json(config) if config.is_file() else {})
         source = replace(source, assets=tokenizer_assets(Path(path)), generation=generation)
     return replace(source, chat_template=chat_template or source.chat_template)
 

@@ -10,7 +10,8 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Runs a tool's `main`; a UserError becomes `error: ...` on stderr (a line each, if it names several) and exit status 2."""
+    """Runs a tool's `main`; a UserError becomes `error: ...` on stderr (a line each, if it names several) and exit status 2, and so does
+    a file or folder that the system refuses."""
     try:
         main()
     except UserError as error:
@@ -20,3 +21,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is None:  # nothing that the user named
+            raise
+        print(f"error: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -10,9 +10,10 @@ dataset opens by its .idx, a crash leaves the old dataset, none, or the new one,
 
 import contextlib
 import fcntl
+import io
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,8 @@ DTYPE_CODES = {
     for code, name in enumerate(["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"], start=1)
 }
 _CHUNK = 1 << 20
+# Larger writes are cached in pages of 2 MiB, which a virtual machine has to fetch from its host: up to four times the time.
+WRITE_BYTES = 64 << 10
 _FINAL = ("bin", "sources.npy", "json", "idx")  # in the order of their renaming
 _SCRATCH = ("lengths", "borders")
 
@@ -40,10 +43,12 @@ def dtype_for_vocab_size(vocab_size: int) -> np.dtype:
 class IndexedDatasetWriter:
     """Writer of PREFIX.bin, PREFIX.idx and the sidecar of `sidecar.py`. A context manager: leaving it without `finalize` aborts.
 
+    tokens_path: where the tokens grow, in place of PREFIX.bin.partial, on the same file system; what it holds can be taken up again by
+    `add_written`, as leaving without `finalize` does not remove it.
     Raises UserError where another process writes to the same prefix, the disk is full, or an id does not fit the dtype.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type, tokens_path: str | Path | None = None) -> None:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         if self.dtype not in DTYPE_CODES.values() or self.dtype.kind not in "iu":
             raise UserError(f"{prefix}: dtype {self.dtype} is none of Megatron's integer types")
@@ -57,7 +62,9 @@ class IndexedDatasetWriter:
             os.makedirs(os.path.dirname(self.prefix) or ".", exist_ok=True)
             # .idx is locked, because it is the last to be renamed: while it has its partial name, every partial file is this writer's.
             self._index = self._files.enter_context(_open_locked(self._partial("idx")))
-            self._tokens, self._lengths, self._borders, self._origins = map(self._create, ("bin", *_SCRATCH, "sources.npy"))
+            self._tokens_path = str(tokens_path or self._partial("bin"))
+            self._tokens = self._open_tokens(keep=tokens_path is not None)
+            self._lengths, self._borders, self._origins = map(self._create, (*_SCRATCH, "sources.npy"))
             self._borders.write(struct.pack("<q", 0))
             write_origins_header(self._origins, 0)
 
@@ -71,7 +78,11 @@ class IndexedDatasetWriter:
         return f"{self.prefix}.{part}.partial"
 
     def _create(self, part: str) -> BinaryIO:
-        return self._files.enter_context(open(self._partial(part), "w+b", buffering=_CHUNK))
+        return self._files.enter_context(open(self._partial(part), "w+b", buffering=WRITE_BYTES))
+
+    def _open_tokens(self, keep: bool) -> BinaryIO:
+        descriptor = os.open(self._tokens_path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o666)
+        return self._files.enter_context(open(descriptor, "r+b", buffering=WRITE_BYTES))
 
     @contextlib.contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -90,7 +101,8 @@ class IndexedDatasetWriter:
                 raise UserError(f"{self.prefix}: token id {bad} does not fit {self.dtype}; was the vocabulary size given right?")
         data = np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).view(np.uint8).data
         with self._clear_errors():
-            self._tokens.write(data)
+            for start in range(0, len(data), WRITE_BYTES):
+                self._tokens.write(data[start : start + WRITE_BYTES])
         self._checksums.update(data)
         self._largest_id = max(self._largest_id, int(ids.max()) if ids.size else -1)
         self.num_tokens += ids.size
@@ -128,19 +140,37 @@ class IndexedDatasetWriter:
 
     def add_file(self, path: str | Path, lengths: np.ndarray, origins: np.ndarray, largest_id: int) -> None:
         """Documents whose ids, end to end in this writer's dtype, are the bytes of a file. lengths [n] in tokens, origins int64 [n, 3];
-        largest_id: the largest of the ids, -1 where there are none.
+        largest_id: the largest of the ids, -1 where there are none. On return the file is no longer needed.
         """
+        with self._clear_errors(), open(path, "rb", buffering=0) as file:
+            self._add_stream(file, os.fstat(file.fileno()).st_size, lengths, origins, largest_id, self._tokens.write)
+            self._tokens.flush()
+
+    def add_written(self, lengths: np.ndarray, origins: np.ndarray, largest_id: int) -> None:
+        """Documents whose ids are the next bytes of `tokens_path` already, as an earlier writer's `add_file` left them there."""
+        begin, size = self._checksums.bytes, int(lengths.sum()) * self.dtype.itemsize
+        with self._clear_errors(), open(self._tokens_path, "rb", buffering=0) as file:
+            file.seek(begin)
+            self._add_stream(file, size, lengths, origins, largest_id, lambda _: None)
+            self._tokens.seek(begin + size)
+
+    def _add_stream(
+        self, file: io.FileIO, size: int, lengths: np.ndarray, origins: np.ndarray, largest_id: int, write: Callable[[memoryview], object]
+    ) -> None:
+        """The next `size` bytes of a file, given to `write`."""
         expected = int(lengths.sum())
         if lengths.size and lengths.max() > np.iinfo(np.int32).max:
             raise _too_long(self.prefix, lengths.max())
-        buffer = memoryview(bytearray(_CHUNK))  # small enough to stay in the processor's cache between reading, summing and writing
-        before = self._checksums.bytes
-        with self._clear_errors(), open(path, "rb", buffering=0) as file:
-            while size := file.readinto(buffer):
-                self._tokens.write(buffer[:size])
-                self._checksums.update(buffer[:size])
-        if self._checksums.bytes - before != expected * self.dtype.itemsize:
-            raise ValueError(f"{path} holds {self._checksums.bytes - before} bytes, its documents {expected} tokens")
+        if size != expected * self.dtype.itemsize:
+            raise ValueError(f"{file.name} holds {size} bytes, its documents {expected} tokens")
+        buffer = memoryview(bytearray(WRITE_BYTES))  # stays in the processor's cache between reading, summing and writing
+        while size:
+            read = file.readinto(buffer[:size])
+            if not read:
+                raise ValueError(f"{file.name} ends {size} bytes early")
+            write(buffer[:read])
+            self._checksums.update(buffer[:read])
+            size -= read
         self._largest_id = max(self._largest_id, largest_id)
         self.num_tokens += expected
         self._add_sequences(lengths, np.arange(1, len(lengths) + 1), origins)
@@ -206,6 +236,11 @@ class IndexedDatasetWriter:
 
     def finalize(self, metadata: dict[str, Any] | None = None, sources: list[dict[str, Any]] | None = None) -> None:
         """Gives the files their final names. sources: one {"path": ..., "unit": "bytes" or "rows"} a source number in the origins."""
+        self.complete(metadata, sources)
+        self.publish()
+
+    def complete(self, metadata: dict[str, Any] | None = None, sources: list[dict[str, Any]] | None = None) -> None:
+        """The first half of `finalize`: everything written and synced, under partial names."""
         if self._open_length:
             raise ValueError("end_document was not called for the last document")
         with self._clear_errors():
@@ -215,6 +250,10 @@ class IndexedDatasetWriter:
                 _sync(file)
             self._write_index()
             self._write_sidecar(metadata or {}, sources or [])
+
+    def publish(self) -> None:
+        """The second half: the final names."""
+        with self._clear_errors():
             self._name_files()
         self._files.close()
 
@@ -227,7 +266,7 @@ class IndexedDatasetWriter:
             if part == "idx":
                 _sync_folder(folder)
             if part != "sources.npy" or self._has_origins:
-                os.replace(self._partial(part), f"{self.prefix}.{part}")
+                os.replace(self._tokens_path if part == "bin" else self._partial(part), f"{self.prefix}.{part}")
         self._named = True
         _sync_folder(folder)
 
@@ -254,7 +293,7 @@ def _open_locked(path: str) -> BinaryIO:
     """Opens for writing, from empty, what no other process has open through this function."""
     while True:
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "w+b", buffering=_CHUNK))
+            file = stack.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "w+b", buffering=WRITE_BYTES))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

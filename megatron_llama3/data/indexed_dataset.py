@@ -7,6 +7,7 @@ the size of PREFIX.bin, and against the checksum in PREFIX.json where there is o
 """
 
 import hashlib
+import mmap
 import os
 import struct
 from functools import cached_property
@@ -123,6 +124,13 @@ class IndexedDataset:
     def gather(self, positions: np.ndarray) -> np.ndarray:
         """Token ids at any positions of the flat stream, a copy in the dataset's dtype."""
         return self._tokens[positions]
+
+    def read_ahead(self, starts: np.ndarray, lengths: np.ndarray) -> None:
+        """Has the system begin to read stretches of the flat stream; does not wait for it. Both int64 [n], in tokens."""
+        for start, length in zip(starts.tolist(), lengths.tolist()):
+            begin, end = start * self.dtype.itemsize, (start + length) * self.dtype.itemsize
+            begin -= begin % mmap.PAGESIZE
+            self._tokens.base.madvise(mmap.MADV_WILLNEED, begin, end - begin)
 
     @cached_property
     def origins(self) -> np.ndarray | None:

@@ -82,10 +82,17 @@ class TrainingStream:
             product = f"micro-batch size {micro_batch_size} x data-parallel size {dp_size}"
             raise UserError(f"global batch size {global_batch_size} is not divisible by {product}")
         drawn, positions = self.plan_batch(global_batch_size, seq_length)
-        ranks = np.arange(global_batch_size).reshape(-1, dp_size, micro_batch_size)
-        mine = ranks[:, dp_rank]
+        mine = _rows_of_rank(global_batch_size, micro_batch_size, dp_rank, dp_size)
         rows = [self._read(int(drawn[k]), int(positions[k]), seq_length) for k in mine.flat]
         return Batch(*(np.stack(arrays).reshape(*mine.shape, seq_length) for arrays in zip(*rows)))
+
+    def read_ahead(self, global_batch_size: int, seq_length: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
+        """Has the system begin to read what `next_batch` will want with the same arguments. Does not wait, and moves nothing."""
+        counts = [list(counts) for counts in (self._positions, self._sequences, self._sequences_at_weights)]
+        drawn, positions = self.plan_batch(global_batch_size, seq_length)
+        self._positions, self._sequences, self._sequences_at_weights = counts
+        for k in _rows_of_rank(global_batch_size, micro_batch_size, dp_rank, dp_size).flat:
+            self.sources[int(drawn[k])].read_ahead(int(positions[k]), seq_length + 1)
 
     def _read(self, source: int, position: int, seq_length: int) -> Batch:
         """One sequence: the arrays of a Batch, each [seq_length]."""
@@ -144,6 +151,11 @@ class TrainingStream:
             self._sequences_at_weights = [
                 before[s.dataset.fingerprint]["sequences_at_weights"] if w else 0 for s, w in zip(self.sources, self.weights)
             ]
+
+
+def _rows_of_rank(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
+    """Numbers in the global batch of a rank's sequences, int64 [num_micro_batches, micro_batch_size]."""
+    return np.arange(global_batch_size).reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
 
 
 def build_train_and_valid_streams(config: RunConfig) -> tuple[TrainingStream, TrainingStream | None]:

@@ -96,6 +96,11 @@ class PackedDocuments:
             position, length = position + stop - offset, length - (stop - offset)
         return Spans(*(np.concatenate(arrays) for arrays in zip(*pieces)))
 
+    def read_ahead(self, position: int, length: int) -> None:
+        """Has the system begin to read what `read` will want; does not wait for it."""
+        spans = self.spans(position, length)
+        self.dataset.read_ahead(self.dataset.document_starts(spans.documents) + spans.starts, spans.lengths)
+
     def read(self, position: int, length: int, vocab_size: int) -> PackedSequence:
         """`length` tokens from `position`. Raises UserError where an id is not below vocab_size."""
         spans = self.spans(position, length)

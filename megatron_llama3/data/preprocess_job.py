@@ -1,13 +1,15 @@
 """The folder of a preprocessing job: its lock, its description, its shards; and their assembly into the final datasets.
 
 PREFIX.preprocess/job.json says what the job is: a later run continues it only if it is the same. Shards are found again by their .json
-and trusted by their checksums, so neither a kill nor a power cut leaves anything that looks whole and is not.
+and trusted by their checksums, so neither a kill nor a power cut leaves anything that looks whole and is not. An assembled shard's tokens
+are in tokens.KEY.bin, which becomes PREFIX.bin, and its own .bin is removed: half the disk, and its memory serves the next shard.
 """
 
 import fcntl
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ class JobFolder:
 
     def __init__(self, prefix: str):
         self.path = Path(f"{prefix}.preprocess")
+        self.assembled = 0  # leading shards whose tokens an earlier run has put into the token files
         self._lock: int | None = self._locked_folder()
 
     def _locked_folder(self) -> int:
@@ -82,18 +85,52 @@ class JobFolder:
             return False
         if stats.input_crc != unit.input_crc:
             raise UserError(f"--input -: not what the interrupted run was given (part {number} differs); remove {self.path} to start over")
-        return all(_bytes_and_crc(self.path / name) == expected for name, expected in stats.files.items())
+        return number < self.assembled or all(_bytes_and_crc(self.path / name) == expected for name, expected in stats.files.items())
+
+    def tokens_path(self, key: int) -> Path:
+        """Where the tokens of key number `key` are assembled."""
+        return self.path / f"tokens.{key}.bin"
+
+    def keep_assembled(self, keys: int) -> None:
+        """Sets `assembled`, and cuts the token files behind the last of these shards."""
+        ends = [0] * keys
+        while (sizes := self._assembled_sizes(self.assembled, ends)) is not None:
+            ends = [end + size for end, size in zip(ends, sizes)]
+            self.assembled += 1
+        for key, end in enumerate(ends):
+            with open(self.tokens_path(key), "ab") as file:
+                file.truncate(end)
+
+    def _assembled_sizes(self, number: int, begins: list[int]) -> list[int] | None:
+        """Bytes of a shard in each token file; None if its tokens are not there, whole, from `begins`."""
+        sizes = []
+        try:
+            files = self.stats(number).files
+            for key, begin in enumerate(begins):
+                shard = f"{number:06d}.{key}"
+                tokens, docs = files[f"{shard}.bin"], files[f"{shard}.docs"]
+                moved = not (self.path / f"{shard}.bin").exists()
+                if not moved or _bytes_and_crc(self.tokens_path(key), begin, tokens[0]) != tokens:
+                    return None
+                if _bytes_and_crc(self.path / f"{shard}.docs") != docs:
+                    return None
+                sizes.append(tokens[0])
+        except (OSError, ValueError, TypeError, LookupError):
+            return None
+        return sizes
 
     def remove(self) -> None:
         """For a job that is done."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _bytes_and_crc(path: Path) -> list[int]:
+def _bytes_and_crc(path: Path, begin: int = 0, limit: int = sys.maxsize) -> list[int]:
+    """[bytes, crc32] of a file from `begin`, of `limit` bytes at most; [-1, 0] where there is no such file."""
     size = crc = 0
     try:
         with open(path, "rb", buffering=0) as file:
-            while chunk := file.read(4 << 20):
+            file.seek(begin)
+            while chunk := file.read(min(4 << 20, limit - size)):
                 size, crc = size + len(chunk), crc32(chunk, crc)
     except FileNotFoundError:
         return [-1, 0]
@@ -117,7 +154,10 @@ class Assembler:
     def __init__(self, folder: JobFolder, prefix: str, spec: ShardSpec, sources: list[Source]):
         self._folder, self._spec, self._sources = folder, spec, sources
         self.outputs = [f"{prefix}_{key}_document" for key in spec.keys]
-        self._writers = [IndexedDatasetWriter(output, np.dtype(spec.dtype)) for output in self.outputs]
+        folder.keep_assembled(len(spec.keys))
+        self._writers = [
+            IndexedDatasetWriter(output, np.dtype(spec.dtype), folder.tokens_path(key)) for key, output in enumerate(self.outputs)
+        ]
         self.report_path = Path(f"{prefix}.rejected.jsonl")
         self._report = open(folder.path / "rejected.jsonl", "w", encoding="utf-8")  # noqa: SIM115
         self._lines_before: dict[int, int] = {}
@@ -132,10 +172,14 @@ class Assembler:
 
     def append(self, number: int, unit: Unit) -> None:
         stats = self._folder.stats(number)
-        for i, writer in enumerate(self._writers):
-            shard = self._folder.path / f"{number:06d}.{i}"
+        for key, writer in enumerate(self._writers):
+            shard = self._folder.path / f"{number:06d}.{key}"
             docs = np.fromfile(f"{shard}.docs", np.int64).reshape(-1, 4)
-            writer.add_file(f"{shard}.bin", docs[:, 0], docs[:, 1:], stats.largest_ids[i])
+            if number < self._folder.assembled:
+                writer.add_written(docs[:, 0], docs[:, 1:], stats.largest_ids[key])
+            else:
+                writer.add_file(f"{shard}.bin", docs[:, 0], docs[:, 1:], stats.largest_ids[key])
+                os.unlink(f"{shard}.bin")
         for source, row, byte, reason in stats.rejected:
             self._reject(source, unit, row, byte, reason)
         for source, lines in stats.lines:
@@ -169,7 +213,9 @@ class Assembler:
             self.report_path.unlink(missing_ok=True)
         sources = [{"path": source.path, "unit": "rows" if source.kind == "parquet" else "bytes"} for source in self._sources]
         for writer in self._writers:
-            writer.finalize(metadata, sources)
+            writer.complete(metadata, sources)
+        for writer in self._writers:
+            writer.publish()
 
 
 def count_lines(path: str, end: int) -> int:

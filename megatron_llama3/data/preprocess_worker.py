@@ -17,6 +17,7 @@ import orjson
 from zlib_ng.zlib_ng import crc32
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.data.dataset_writer import WRITE_BYTES
 from megatron_llama3.data.preprocess_inputs import Piece, Source, Unit, decompression_errors, open_source
 from megatron_llama3.data.preprocess_lines import (
     BLOCK_BYTES,
@@ -85,7 +86,7 @@ class KeyWriter:
         view = memoryview(data).cast("B")
         self._crcs[file] = crc32(view, self._crcs[file])
         while len(view):
-            view = view[(self._tokens, self._docs)[file].write(view) :]
+            view = view[(self._tokens, self._docs)[file].write(view[:WRITE_BYTES]) :]
 
     def _write_ids(self, ids: np.ndarray) -> None:
         self._write(0, ids)

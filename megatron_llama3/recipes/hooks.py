@@ -15,30 +15,65 @@ from megatron_llama3.checkpoint.store import CheckpointWriter, load_checkpoint
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.loader import TrainingStream
+from megatron_llama3.parallel.groups import ParallelGroups
 from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.events import EventLog
 from megatron_llama3.training.loop import Hook
 from megatron_llama3.training.metrics import MetricsLogger
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult
+from megatron_llama3.training.straggler import StragglerReport
 from megatron_llama3.training.watchdog import Watchdog
 
 
 class Observers:
-    """Who hears of what hooks do. Events and metrics are rank 0's to write; the watchdog of each rank sees that it goes on."""
+    """Who hears of what hooks do. Metrics and most events are rank 0's to write; the watchdog of each rank sees that it goes on."""
 
-    def __init__(self, watchdog: Watchdog, events: EventLog | None, logger: MetricsLogger | None):
-        self.watchdog, self.events, self.logger = watchdog, events, logger
+    def __init__(self, config: RunConfig, groups: ParallelGroups, state: TrainState):
+        """Collective."""
+        self.is_rank_0 = groups.rank == 0
+        self.events = EventLog(config)
+        self.logger = MetricsLogger(config, state) if self.is_rank_0 else None
+        self.watchdog = Watchdog(config.training, groups, self.events)
 
     def note(self, event: str, state: TrainState, **fields) -> None:
-        if self.events is not None:
+        """Keeps an event of the run, once."""
+        if self.is_rank_0:
             self.events.add(event, iteration=state.iteration, **fields, useful_seconds=state.useful_seconds)
+
+    def close(self) -> None:
+        """Before ranks leave the job, each in its own time."""
+        if self.logger is not None:
+            self.logger.close()
+        self.watchdog.stop()
 
     def paused(self, seconds: float) -> None:
         """The run did something else than training for so long, and has come further."""
         self.watchdog.beat()
         if self.logger is not None:
             self.logger.paused(seconds)
+
+
+def hooks_in_order(
+    engine: Engine,
+    streams: tuple[TrainingStream, TrainingStream | None],
+    config: RunConfig,
+    observers: Observers,
+    start: Start | None,
+) -> list[Hook]:
+    """What runs after every step, first to last: what is noted of a step, before what may undo it, before what is saved, before evaluation.
+
+    `streams` are those of training and, where there is one, of validation.
+    """
+    train_stream, valid_stream = streams
+    writer = CheckpointWriter(config, engine, start and start.folder) if config.checkpoint.save is not None else None
+    hooks = [noting_steps(observers, train_stream)]
+    hooks += [observers.logger] if observers.logger is not None else []
+    hooks += [StragglerReport(config.logging, engine.groups, observers.events)] if config.logging.log_straggler else []
+    hooks += [rolling_back(engine, train_stream, config, observers, writer, start)]
+    hooks += [saving(writer, train_stream, config, observers)] if writer is not None else []
+    hooks += [evaluation(engine, valid_stream, config, observers)] if valid_stream is not None else []
+    return hooks
 
 
 def noting_steps(observers: Observers, stream: TrainingStream) -> Hook:
@@ -96,15 +131,15 @@ def _rollback_target(config: RunConfig, state: TrainState, start: Start | None) 
     folders = [path.parent for path in Path(save).glob(f"iter_*/{STATE_FILE}")] if save is not None else []
     if start is not None and not start.is_hf and not start.options.finetune:
         folders.append(start.folder)
-    states = {folder: read_train_state(folder) for folder in folders if re.fullmatch(r"iter_\d+", folder.name)}
+    whole = [folder for folder in dict.fromkeys(folders) if re.fullmatch(r"iter_\d+", folder.name) and damage(folder) is None]
+    states = {folder: read_train_state(folder) for folder in whole}
     sound = [
         folder
         for folder, saved in states.items()
         if "data" in saved and not saved.get("skipped_in_a_row") and saved["iteration"] < state.iteration
         if saved["iteration"] not in state.rolled_back_to
     ]
-    newest_first = sorted(sound, key=lambda folder: states[folder]["iteration"], reverse=True)
-    return next((folder for folder in newest_first if damage(folder) is None), None)
+    return max(sound, key=lambda folder: states[folder]["iteration"], default=None)
 
 
 def _agree(engine: Engine, answer: Callable):

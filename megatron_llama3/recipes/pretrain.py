@@ -8,6 +8,7 @@ Every flag is a field of megatron_llama3/config/; `--help` lists them. A config 
 
 import sys
 import time
+from functools import partial
 
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.run import RunConfig
@@ -25,60 +26,46 @@ def pretrain(config: RunConfig) -> int:
     import torch.distributed as dist
 
     from megatron_llama3.checkpoint.start import find_start, load_start
-    from megatron_llama3.checkpoint.store import CheckpointWriter
     from megatron_llama3.data.loader import build_train_and_valid_streams
-    from megatron_llama3.model.attention import choose_kernel
-    from megatron_llama3.model.llama import fused_norm
     from megatron_llama3.parallel.groups import destroy_groups, initialize_groups
     from megatron_llama3.planning.estimate import describe
-    from megatron_llama3.recipes.hooks import Observers, evaluation, noting_steps, rolling_back, saving
+    from megatron_llama3.recipes.hooks import Observers, hooks_in_order
     from megatron_llama3.training.build import build_engine
-    from megatron_llama3.training.events import EventLog
     from megatron_llama3.training.failures import noted_failures
     from megatron_llama3.training.loop import train
-    from megatron_llama3.training.metrics import MetricsLogger
-    from megatron_llama3.training.straggler import StragglerReport
-    from megatron_llama3.training.watchdog import Watchdog
 
-    train_stream, valid_stream = build_train_and_valid_streams(config)
-
+    streams = build_train_and_valid_streams(config)
     groups = initialize_groups(config.parallel, config.training.distributed_timeout_minutes)
-    is_rank_0 = groups.rank == 0
-    if is_rank_0:
-        print(describe(config), flush=True)
+    say = partial(print, flush=True) if groups.rank == 0 else lambda line: None
+    say(describe(config))
 
     start = find_start(config, groups)  # refused before any weight is made if it does not fit
     engine = build_engine(config, groups)
-    state = load_start(start, config, engine, train_stream)
-    if is_rank_0:
-        kernel = choose_kernel(config.training.attention_kernel, groups.device, engine.compute_dtype)
-        print(f"attention kernel: {kernel}; RMSNorm: {fused_norm()[0]}; engine: {config.parallel.engine}")
-        print(f"loaded {start.folder} at iteration {state.iteration}" if start else "starting from initial weights", flush=True)
+    state = load_start(start, config, engine, streams[0])
+    say(_kernels(config, engine))
+    say(f"loaded {start.folder} at iteration {state.iteration}" if start else "starting from initial weights")
 
-    # Hooks run after every step, in this order.
-    logger = MetricsLogger(config, state) if is_rank_0 else None
-    events = EventLog(config)
-    watchdog = Watchdog(config.training, groups, events)
-    observers = Observers(watchdog, events if is_rank_0 else None, logger)
-    writer = CheckpointWriter(config, engine, start and start.folder) if config.checkpoint.save is not None else None
-    hooks = [noting_steps(observers, train_stream)]
-    hooks += [logger] if is_rank_0 else []
-    hooks += [StragglerReport(config.logging, groups, events)] if config.logging.log_straggler else []
-    hooks += [rolling_back(engine, train_stream, config, observers, writer, start)]
-    hooks += [saving(writer, train_stream, config, observers)] if writer is not None else []
-    hooks += [evaluation(engine, valid_stream, config, observers)] if valid_stream is not None else []
-
+    observers = Observers(config, groups, state)
+    hooks = hooks_in_order(engine, streams, config, observers, start)
     observers.note("start", state, since=since, loaded=start and str(start.folder), world_size=config.parallel.world_size)
-    with noted_failures(events, state, groups.rank):
-        reason = train(engine, train_stream, state, config, hooks, stop)
+    with noted_failures(observers.events, state, groups.rank):
+        reason = train(engine, streams[0], state, config, hooks, stop)
     observers.note("stop", state, reason=reason, is_finished=state.iteration >= config.training.train_iters)
-    if is_rank_0:
-        logger.close()
-        print(f"stopped at iteration {state.iteration}: {reason}", flush=True)
-    watchdog.stop()
+    observers.close()
+    say(f"stopped at iteration {state.iteration}: {reason}")
+
     dist.barrier(groups.control)  # the launcher ends every rank when the first one leaves with a status other than 0
     destroy_groups()
     return stop.exit_status(state)
+
+
+def _kernels(config: RunConfig, engine) -> str:
+    """What the model computes with, as a line for the log."""
+    from megatron_llama3.model.attention import choose_kernel
+    from megatron_llama3.model.llama import fused_norm
+
+    kernel = choose_kernel(config.training.attention_kernel, engine.groups.device, engine.compute_dtype)
+    return f"attention kernel: {kernel}; RMSNorm: {fused_norm()[0]}; engine: {config.parallel.engine}"
 
 
 def main() -> int:

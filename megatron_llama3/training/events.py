@@ -10,6 +10,7 @@ Every event has `event`, `time` (seconds since 1970) and, from training, `useful
 A killed process may leave half a line: whoever appends next ends it, and readers pass over it.
 """
 
+import errno
 import json
 import math
 import os
@@ -50,7 +51,9 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         with open(path, "ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             is_torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
-            file.write(b"\n" * is_torn + line)
+            line = b"\n" * is_torn + line
+            if file.write(line) < len(line):  # a disk that fills up takes a part without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise UserError(f"{path}: could not be written: {error.strerror}") from error
 

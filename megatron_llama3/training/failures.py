@@ -94,8 +94,10 @@ def _lost_contact(error: BaseException) -> None:
 
 
 def _exit(status: int, lines: list[str]) -> None:
-    sys.stdout.flush()
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    with suppress(OSError):  # where output goes may be what is full or gone
+        sys.stdout.flush()
+    with suppress(OSError):
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
     os._exit(status)
 
 

@@ -28,7 +28,9 @@ def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config
     # Batch size and sequence length follow the paper's ramps, by tokens seen.
     global_batch_size, seq_length = phase_at(config, state.consumed_tokens)
     at, sizes = engine.groups.at, engine.groups.topology
-    batch = stream.next_batch(global_batch_size, seq_length, config.training.micro_batch_size, at.dp, sizes.dp)
+    wanted = (global_batch_size, seq_length, config.training.micro_batch_size, at.dp, sizes.dp)
+    batch = stream.next_batch(*wanted)
+    stream.read_ahead(*wanted)  # the next step's, while this one computes
 
     lr = learning_rate(config.optimizer, state.updates + 1, config.training.train_iters)
     loss = engine.forward_backward(batch)

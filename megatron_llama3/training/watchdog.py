@@ -17,9 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch.distributed as dist
 
+from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import TrainingConfig
 from megatron_llama3.parallel.groups import ParallelGroups
 from megatron_llama3.training.events import EventLog
@@ -87,6 +89,14 @@ class Watchdog:
     # --- when it hangs ---
 
     def _end(self) -> None:
+        """Whatever fails on the way, such as a store that is gone or a disk that is full, this process ends."""
+        try:
+            self._find_and_report()
+            _in_thread(sys.stdout.flush, 1.0)  # its lock may be held by the thread that hangs
+        finally:
+            os._exit(RESTART_STATUS)
+
+    def _find_and_report(self) -> None:
         finder = _in_thread(self._is_first_to_notice, 3 * self.interval)
         if finder is None:  # the store does not answer: say so from the first rank that it is not on
             if self.rank == min(1, self.world_size - 1):
@@ -97,8 +107,6 @@ class Watchdog:
             time.sleep(self.interval)  # in which the others see it
         else:
             _in_thread(self._wait_for_verdict, 12 * self.interval)
-        sys.stdout.flush()
-        os._exit(RESTART_STATUS)
 
     def _is_first_to_notice(self) -> bool:
         return self.store.add("noticed", 1) == 1
@@ -112,7 +120,8 @@ class Watchdog:
         for culprit in culprits[:NAMED_AT_MOST]:
             where = f"{culprit['state']} in {culprit['phase']} ({culprit['call']}) after iteration {culprit['iteration']}"
             _to_stderr(f"hang: rank {culprit['rank']} on {culprit['host']} {where}; no step for {self.timeout:g} s, the job ends")
-            self.events.add("hang", **culprit, noticed_by=self.rank)
+            with suppress(UserError):  # a full disk has no room for this
+                self.events.add("hang", **culprit, noticed_by=self.rank)
         if len(culprits) > NAMED_AT_MOST:
             _to_stderr(f"hang: and {len(culprits) - NAMED_AT_MOST} more ranks")
 
@@ -156,7 +165,7 @@ def _in_thread(function: Callable, seconds: float):
     def run() -> None:
         try:
             results.append(function())
-        except RuntimeError:
+        except (RuntimeError, OSError):
             return
 
     thread = threading.Thread(target=run, daemon=True)

@@ -1,6 +1,9 @@
 """GGUF input on a real pretrained model, SmolLM2-135M-Instruct, against transformers' own reading of it, and on small files made here."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 
 from megatron_llama3.checkpoint.gguf import open_gguf
 from megatron_llama3.checkpoint.huggingface import export_hf, open_hf
+from megatron_llama3.checkpoint.lazy import equal
 from megatron_llama3.checkpoint.names import to_gguf_name, to_hf_name
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
@@ -50,6 +54,23 @@ def test_real_model_equals_transformers_reading(smollm2, exported):
     assert "Paris" in tokenizer.decode(ours.generate(**tokens, do_sample=False, max_new_tokens=8)[0])
 
 
+@pytest.mark.slow
+def test_llama_cpp_converts_the_export(smollm2, exported, tmp_path):
+    """Its converter knows the tokenizer by what it does to a text, and gives every weight, number and token back."""
+    converter = Path(sys.prefix, "llama.cpp", "convert_hf_to_gguf.py")
+    if not converter.is_file():
+        pytest.skip("llama.cpp's converter is not installed: scripts/_setup.sh test")
+    environment = os.environ | {"PYTHONPATH": str(converter.parent)}
+    command = [sys.executable, converter, exported, "--outfile", tmp_path / "back.gguf", "--outtype", "f32"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, theirs, first = open_hf(exported), open_gguf(tmp_path / "back.gguf"), open_gguf(smollm2)
+    assert theirs.model == ours.model
+    assert all(equal(tensor, theirs.weights[name]) for name, tensor in ours.weights.items())
+    assert (theirs.assets, theirs.generation, theirs.chat_template) == (first.assets, first.generation, first.chat_template)
+    (tmp_path / "back.gguf").unlink()  # half a gigabyte
+
+
 def test_exported_tokenizer_cuts_text_as_smollm2_does(smollm2):
     """Ids written down from HuggingFaceTB/SmolLM2-135M-Instruct's rules: digits one by one, GPT-2's pieces, control tokens whole."""
     from tokenizers import Tokenizer
@@ -72,7 +93,7 @@ def write_gguf(path, model, **changes):
     writer.add_feed_forward_length(model.ffn_hidden_size)
     writer.add_head_count(model.num_attention_heads)
     writer.add_head_count_kv(model.num_query_groups)
-    writer.add_rope_freq_base(model.rotary_base)
+    writer.add_rope_freq_base(changes.get("rope_theta", model.rotary_base))
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_layer_norm_rms_eps(model.norm_epsilon)
     writer.add_vocab_size(model.vocab_size)
@@ -130,6 +151,7 @@ def test_rows_go_to_hugging_faces_order(tmp_path):
         ({"architecture": "qwen2"}, "architecture 'qwen2'"),
         ({"expert_count": 8}, "unknown field llama.expert_count = 8"),
         ({"without": "layers.1.ffn_norm.weight"}, r"blk\.1\.ffn_norm\.weight \[32\] is missing"),
+        ({"rope_theta": 10_000.5}, "llama.rope.freq_base is 10000.5, no whole number"),
         ({"factors": np.full(4, 2.5, dtype=np.float32)}, "not Llama 3.1's scaling"),
     ],
 )

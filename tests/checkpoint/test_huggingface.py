@@ -124,6 +124,29 @@ def test_damaged_header(make_hf, tmp_path, header):
         open_hf(damaged(make_hf(), tmp_path, lambda copy: (copy / "model.safetensors").write_bytes(header)))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": ["F32"]}, "model.norm.weight in the header is malformed"),
+        ({"data_offsets": ["0", "192"]}, "malformed"),
+        ({"data_offsets": [0.0, 192.0]}, "malformed"),
+        ({"shape": "48"}, "malformed"),
+        ({"data_offsets": [0, 192]}, "byte ranges of .* and .* overlap"),
+    ],
+)
+def test_header_that_contradicts_itself(make_hf, tmp_path, change, message):
+    def rewrite(copy):
+        data = (copy / "model.safetensors").read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        header["model.norm.weight"] |= change
+        text = json.dumps(header).encode()
+        (copy / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+    with pytest.raises(UserError, match=message):
+        open_hf(damaged(make_hf(), tmp_path, rewrite))
+
+
 def test_config_that_does_not_fit_the_weights(make_hf, tmp_path):
     def widen(copy):
         config = json.loads((copy / "config.json").read_text())
@@ -149,6 +172,16 @@ def test_left_over_and_missing_weights(make_hf, tmp_path):
 
     with pytest.raises(UserError, match=r"weight model\.norm\.weight .* is missing"):
         open_hf(damaged(make_hf(), tmp_path / "b", drop))
+
+
+def test_tied_embedding_that_is_missing(make_hf, tmp_path):
+    def rename(copy):
+        tensors = load_file(copy / "model.safetensors")
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+        save_file(tensors, copy / "model.safetensors")
+
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight .* is missing"):
+        open_hf(damaged(make_hf(tied=True), tmp_path, rename))
 
 
 def test_tied_head_that_differs(make_hf, tmp_path):

@@ -43,6 +43,12 @@ def test_either_form_of_rope_is_read(scaled):
     assert config_from_hf(newer) == config_from_hf(older) == config_from_hf(both) == model
 
 
+def test_numbers_of_any_json_form_are_exact():
+    config = config_to_hf(UNUSUAL) | {"hidden_size": 96.0, "initializer_range": 1}
+    assert config_from_hf(config) == dataclasses.replace(UNUSUAL, init_method_std=1.0)
+    assert isinstance(config_from_hf(config).hidden_size, int)
+
+
 def test_defaults_of_older_configs():
     config = config_to_hf(ModelConfig(num_query_groups=8))
     for key in ("num_key_value_heads", "head_dim", "rope_parameters", "rope_theta", "rope_scaling", "tie_word_embeddings"):
@@ -71,6 +77,17 @@ def test_defaults_of_older_configs():
         ({"rope_theta": 1.0}, "rope_parameters says"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "needs .*low_freq_factor"),
         ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "96"}, "hidden_size is '96', no whole number above 0"),
+        ({"hidden_size": 96.5}, "hidden_size is 96.5, no whole number above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', no number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"head_dim": "8"}, "head_dim is '8'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', no true or false"),
+        ({"architectures": "MistralForCausalLM"}, "MistralForCausalLM .* is not LlamaForCausalLM"),
+        ({"rope_parameters": "llama3"}, "rope_parameters is 'llama3', no JSON object"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10, "partial_rotary_factor": 0.5}}, "has .*partial_rotary_factor"),
+        ({"rope_parameters": None, "rope_scaling": {"factor": 8.0}}, "rope_scaling of type 'default' has .*factor"),
     ],
 )
 def test_refusals(change, message):

@@ -30,7 +30,17 @@ def test_every_flipped_bit_is_found(save):
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"files": {"../x": {"bytes": 1, "crc32": "0"}}}', '{"files": {"x": {"bytes": 1}}}'])
+NO_TABLE = "damaged: no table of files with bytes and crc32"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"files": 3}', '{"files": {}}'])
 def test_a_damaged_manifest_is_one_line(save, content):
     (save / "iter_0000030" / "manifest.json").write_text(content)
-    assert damage(save / "iter_0000030") == f"{save}/iter_0000030/manifest.json: damaged: no table of files with bytes and crc32"
+    assert damage(save / "iter_0000030") == f"{save}/iter_0000030/manifest.json: {NO_TABLE}"
+
+
+@pytest.mark.parametrize("entry", [{"../x": {"bytes": 1, "crc32": "0"}}, {"x": {"bytes": 1}}, {"x": {"bytes": 1, "crc32": "z"}}])
+def test_a_damaged_entry_is_one_line(save, entry):
+    path = save / "iter_0000030" / "manifest.json"
+    path.write_text(json.dumps({"files": json.loads(path.read_text())["files"] | entry}))
+    assert damage(save / "iter_0000030") == f"{path}: {NO_TABLE}"

@@ -117,6 +117,8 @@ def test_metas_own_code_gives_the_same_logits(tmp_path, make_hf, hf_logits):
         (lambda f: (f / "consolidated.02.pth").write_bytes((f / "consolidated.02.pth").read_bytes()[:-9]), r"02\.pth: truncated"),
         (lambda f: torch.save({"a": os.system}, f / "consolidated.02.pth"), r"02\.pth: refused to unpickle: it asks for posix\.system"),
         (lambda f: torch.save({"a": torch.ones(2)}, f / "consolidated.02.pth"), "is not in both"),
+        (lambda f: torch.save({3: torch.ones(2)}, f / "consolidated.02.pth"), "not a dict of tensors by name"),
+        (lambda f: (f / "params.json").write_text("[]"), r"params\.json: a JSON object is expected"),
         (lambda f: torch.save([torch.ones(2)], f / "consolidated.02.pth"), "not a dict of tensors"),
         (lambda f: [file.unlink() for file in f.glob("*.pth")], r"no consolidated\.NN\.pth"),
     ],
@@ -138,6 +140,11 @@ def test_damaged_folders(tmp_path, damage, message):
         ({"n_layers": 3}, r"layers\.2\.attention_norm\.weight \[64\] is missing"),
         ({"n_heads": 12}, "has shape"),
         ({"rope_theta": 10.5}, "no whole number"),
+        ({"dim": "64"}, "dim is '64', no whole number above 0"),
+        ({"n_heads": 0}, "n_heads is 0"),
+        ({"multiple_of": 0}, "multiple_of is 0"),
+        ({"ffn_dim_multiplier": "1.3"}, "ffn_dim_multiplier is '1.3'"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope is 1, no true or false"),
     ],
 )
 def test_params_that_do_not_fit(tmp_path, change, message):

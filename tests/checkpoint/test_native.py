@@ -9,9 +9,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from megatron_llama3.checkpoint.folder import read_train_state
 from megatron_llama3.checkpoint.huggingface import export_hf, open_hf
 from megatron_llama3.checkpoint.native import open_native, open_native_tensors, write_native
 from megatron_llama3.checkpoint.native_metadata import SafeFileSystemReader, read_metadata
@@ -118,6 +120,38 @@ def test_poisoned_tensor_is_refused(native, tmp_path):
     with pytest.raises(UserError, match=r"__9_0\.distcp: refused to unpickle"):
         open_native(native).weights["norm.weight"].read()
     assert not (tmp_path / "ran").exists()
+
+
+def test_pickle_announced_in_the_place_of_a_tensor_is_refused(native, tmp_path):
+    """torch would load what `.metadata` calls bytes, not a tensor, by a pickle that may run code."""
+    folder = native / "iter_0000000"
+    content = read_metadata(folder)
+    torch.save(Poison(tmp_path / "ran"), folder / "__9_0.distcp")
+    index, info = next((i, s) for i, s in content.storage_data.items() if i.fqn == "model.norm.weight")
+    content.storage_data[type(index)(index.fqn)] = type(info)("__9_0.distcp", 0, (folder / "__9_0.distcp").stat().st_size)
+    content.state_dict_metadata[index.fqn] = BytesStorageMetadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointException, match=r"model\.norm\.weight is stored as a pickle, not as a tensor"):
+        dcp.load({"model.norm.weight": torch.zeros(48)}, storage_reader=SafeFileSystemReader(folder), no_dist=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_chunks_that_overlap_are_refused(native):
+    """As many elements as the tensor has, but half of them twice: the rest would be whatever memory held."""
+    folder = native / "iter_0000000"
+    content = read_metadata(folder)
+    half = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([99, 24]))
+    content.state_dict_metadata["model.tok_embeddings.weight"].chunks = [half, half]
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=r"chunks of model\.tok_embeddings\.weight overlap"):
+        open_native(native)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"iteration": 3}', '{"iteration": "3", "consumed_samples": 0, "consumed_tokens": 0}'])
+def test_damaged_train_state_is_one_line(tmp_path, content):
+    (tmp_path / "train_state.json").write_text(content)
+    with pytest.raises(UserError, match=r"train_state\.json: (not valid JSON|damaged: no whole number (iteration|consumed_samples))"):
+        read_train_state(tmp_path)
 
 
 def test_file_outside_the_folder_is_refused(native):

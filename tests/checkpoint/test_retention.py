@@ -1,11 +1,12 @@
 """Which checkpoints --keep-last and --keep-every delete, and that a deletion that is cut short leaves nothing under a final name."""
 
+import json
 import shutil
 
 import pytest
 
 from megatron_llama3.checkpoint import retention
-from megatron_llama3.checkpoint.manifest import damage
+from megatron_llama3.checkpoint.manifest import damage, read_manifest, write_manifest
 from megatron_llama3.checkpoint.retention import delete_older, remove_leftovers
 from megatron_llama3.config.run import CheckpointConfig
 
@@ -39,6 +40,17 @@ def test_a_damaged_one_is_neither_counted_nor_deleted(save):
     (save / "iter_0000020" / "__0_0.distcp").unlink()
     delete_older(save / "iter_0000030", CheckpointConfig(keep_last=2))
     assert left(save) == [10, 20, 30]
+
+
+def test_what_a_rollback_goes_to_is_kept(save):
+    """Saves amid skipped steps do not push out the last one before them."""
+    for iteration in (20, 30):
+        folder = save / f"iter_{iteration:07d}"
+        state = json.loads((folder / "train_state.json").read_text())
+        (folder / "train_state.json").write_text(json.dumps(state | {"skipped_in_a_row": 1}))
+        write_manifest(folder, read_manifest(folder))
+    delete_older(save / "iter_0000030", CheckpointConfig(keep_last=1))
+    assert left(save) == [10, 30]
 
 
 def test_cut_short(save, monkeypatch):

@@ -102,6 +102,26 @@ def test_a_file_of_ids_is_taken_whole_or_refused(tmp_path):
         writer.add_file(tmp_path / "ids", lengths + 1, origins, 699_999)
 
 
+def test_tokens_of_an_abandoned_writer_are_taken_up_again(tmp_path):
+    ids, lengths, origins = np.arange(700_000, dtype=np.int32), np.array([699_000, 1000]), np.arange(6).reshape(2, 3)
+    ids.tofile(tmp_path / "ids")
+    with IndexedDatasetWriter(tmp_path / "a", np.int32, tmp_path / "tokens") as writer:
+        writer.add_file(tmp_path / "ids", lengths, origins, 699_999)
+        (tmp_path / "ids").unlink()
+    with IndexedDatasetWriter(tmp_path / "a", np.int32, tmp_path / "tokens") as writer:
+        writer.add_written(lengths, origins, 699_999)
+        writer.add_documents(ids, lengths, origins)
+        with pytest.raises(ValueError, match="ends 4000 bytes early"):
+            writer.add_written(lengths[1:], origins[1:], 699_999)
+        writer.finalize()
+    with IndexedDatasetWriter(tmp_path / "b", np.int32) as writer:
+        writer.add_documents(np.tile(ids, 2), np.tile(lengths, 2), np.tile(origins, (2, 1)))
+        writer.finalize()
+    for part in ("bin", "idx", "sources.npy", "json"):
+        assert (tmp_path / f"a.{part}").read_bytes() == (tmp_path / f"b.{part}").read_bytes()
+    assert not (tmp_path / "tokens").exists()
+
+
 def test_leaving_without_finalize_leaves_no_file(tmp_path):
     with IndexedDatasetWriter(tmp_path / "a", np.int32) as writer:
         writer.add_document(np.arange(10))

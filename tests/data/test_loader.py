@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.blend import integer_weights
+from megatron_llama3.data.indexed_dataset import IndexedDataset
 from megatron_llama3.data.loader import TrainingStream, batch_hash, build_train_and_valid_streams, whole_batch
 from megatron_llama3.data.packing import PackedDocuments
 from tests.data.datasets import numbered_documents, write_dataset
@@ -58,6 +59,25 @@ def test_a_batch_by_hand(tmp_path):
     assert batch.loss_mask.tolist() == [[[True, True, False, True]], [[True, False, True, True]]]
     assert batch.position_ids.tolist() == [[[0, 1, 2, 3]], [[0, 1, 2, 3]]]
     assert [array.dtype for array in batch] == [np.int64, np.int64, bool, np.int32, np.int64]
+
+
+def test_reading_ahead_asks_for_what_comes_next_and_moves_nothing(datasets, monkeypatch):
+    stream, asked = make_stream(datasets, {"a": 1, "b": 2, "c": 1}), []
+
+    def note(dataset, starts, lengths):
+        ahead(dataset, starts, lengths)
+        asked.extend(t for start, length in zip(starts, lengths) for t in dataset.tokens(int(start), int(length)).tolist())
+
+    ahead = IndexedDataset.read_ahead
+    monkeypatch.setattr(IndexedDataset, "read_ahead", note)
+    for _ in range(30):
+        asked.clear()
+        before = stream.state_dict()
+        stream.read_ahead(8, 16, 2, 1, 2)
+        assert stream.state_dict() == before
+        batch = stream.next_batch(8, 16, 2, 1, 2)
+        wanted = np.concatenate([batch.tokens, batch.targets[..., -1:]], axis=-1)
+        assert asked == wanted.reshape(-1).tolist()
 
 
 def test_options_of_positions_and_borders(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from megatron_llama3.checkpoint.native import open_native_tensors
 from megatron_llama3.checkpoint.start import Start
 from megatron_llama3.config.command_line import parse_run_config
+from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
 from megatron_llama3.data.loader import TrainingStream
@@ -23,7 +24,7 @@ from megatron_llama3.planning.local_ranks import start_ranks
 from megatron_llama3.recipes import hooks
 from megatron_llama3.recipes.pretrain import pretrain
 from megatron_llama3.training import engine
-from megatron_llama3.training.events import read_lines
+from megatron_llama3.training.events import EventLog, read_lines
 from megatron_llama3.training.failures import run_and_exit
 from megatron_llama3.training.state import TrainState
 
@@ -31,6 +32,7 @@ FLAGS = (
     "--num-layers 2 --hidden-size 24 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --vocab-size 101 --seq-length 16 "
     "--global-batch-size 4 --lr 1e-3 --lr-decay-iters 8 --eval-iters 0 --exit-signal-handler"
 )
+ROLLBACK = "--train-iters 10 --save-interval 2 --max-skips-in-a-row 2"
 TWO_BY_TWO = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
 
 
@@ -152,6 +154,44 @@ def test_a_rank_that_is_stuck_is_named_with_its_phase(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_hang_ends_the_job_also_where_its_event_cannot_be_kept(data, tmp_path):
+    def stuck_on_a_full_disk() -> None:
+        add, next_batch, calls = EventLog.add, TrainingStream.next_batch, []
+
+        def refuse_hangs(log, event, **fields):
+            if event == "hang":
+                raise UserError("No space left on device")
+            add(log, event, **fields)
+
+        def stuck(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                time.sleep(1000)
+            return next_batch(*args)
+
+        EventLog.add, TrainingStream.next_batch = refuse_hangs, stuck
+
+    flags = f"{FLAGS} --data-path {data} --train-iters 400 --log-dir {tmp_path} --hang-timeout-seconds 2"
+    assert statuses(start(flags, 1, tmp_path / "log", stuck_on_a_full_disk), seconds=60) == [75]
+    assert re.search(r"^hang: rank 0 on \S+ is behind", (tmp_path / "log").read_text(), re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("free", "statuses_of_ranks"), [(4 << 10, [2, 75]), (36 << 10, [2, 2])])
+def test_a_disk_too_full_for_a_save_is_one_line(data, tmp_path, small_disk, free, statuses_of_ranks):
+    """Where there is no room for the config, and where the tensors fill it up."""
+    save = small_disk("64k")
+    (save / "ballast").write_bytes(bytes((64 << 10) - free))
+    flags = f"{FLAGS} --data-path {data} --train-iters 4 --save {save} --log-dir {tmp_path} --save-interval 2"
+    assert statuses(start(flags, 2, tmp_path / "log")) == statuses_of_ranks
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")]
+    reason = r"(No space left on device$|a file could not be written to its end: no space left)"
+    assert re.match(f"error: --save {save}: checkpoint could not be written: {reason}", lines[0])
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert [path.name for path in save.iterdir()] == ["ballast"]
+
+
+@pytest.mark.slow
 def test_a_slow_rank_is_named(data, tmp_path):
     def slow_on_rank_2() -> None:
         forward = Llama.forward
@@ -216,14 +256,39 @@ def test_bad_steps_in_a_row_roll_the_run_back_and_a_resumed_run_does_the_same(da
     assert all(torch.equal(ours[key].rows(0, ours[key].shape[0]), theirs[key].rows(0, theirs[key].shape[0])) for key in ours)
 
 
+@pytest.fixture(scope="module")
+def rolled_back_on_one_rank(data, tmp_path_factory) -> dict[int, float | None]:
+    folder = tmp_path_factory.mktemp("one")
+    assert statuses(start(f"{FLAGS} {ROLLBACK} --data-path {data} --save {folder}", 1, folder / "log", poisoned_from(6, 7))) == [0]
+    return losses(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["--pipeline-model-parallel-size 2", "--zero-stage 2", "--zero-stage 3"])
+def test_a_rollback_under_deepspeed_gives_the_losses_of_one_rank(data, tmp_path, rolled_back_on_one_rank, layout):
+    pytest.importorskip("megatron_llama3.training.deepspeed_engine")
+    flags = f"{FLAGS} {ROLLBACK} --data-path {data} --save {tmp_path} --engine deepspeed {layout}"
+    assert statuses(start(flags, 2, tmp_path / "log", poisoned_from(6, 7)), seconds=300) == [0, 0]
+    assert [(e["iteration"], e["to"]) for e in events(tmp_path, "rollback")] == [(7, 4)]
+    found, expected = losses(tmp_path), rolled_back_on_one_rank
+    assert [step for step, loss in found.items() if loss is None] == [6, 7]
+    assert found.keys() == expected.keys()
+    good = [step for step in found if found[step] is not None]
+    assert [found[step] for step in good] == pytest.approx([expected[step] for step in good], rel=1e-5)
+
+
 def test_each_rollback_in_a_row_goes_one_checkpoint_further_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(hooks, "damage", lambda folder: "its weights are missing" if folder.name == "iter_0000003" else None)
+    """Past those that are damaged, in their weights or in their state."""
+    monkeypatch.setattr(hooks, "damage", lambda folder: "damaged" if folder.name in ("iter_0000003", "iter_0000005") else None)
     config = RunConfig()
     config.checkpoint.save = str(tmp_path / "run")
     for iteration, skipped in ((2, 0), (3, 0), (4, 0), (6, 1)):
         folder = tmp_path / "run" / f"iter_{iteration:07d}"
         folder.mkdir(parents=True)
-        (folder / "train_state.json").write_text(json.dumps({"iteration": iteration, "skipped_in_a_row": skipped, "data": {}}))
+        counts = {"iteration": iteration, "consumed_samples": 0, "consumed_tokens": 0, "skipped_in_a_row": skipped}
+        (folder / "train_state.json").write_text(json.dumps(counts | {"data": {}}))
+    (tmp_path / "run" / "iter_0000005").mkdir()
+    (tmp_path / "run" / "iter_0000005" / "train_state.json").write_text('{"iter')
     state, found = TrainState(iteration=9), []
     while (target := hooks._rollback_target(config, state, None)) is not None:
         found.append(target.name)

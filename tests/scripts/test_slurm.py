@@ -19,7 +19,7 @@ from tests.tools.preprocess_helpers import documents, options, output_bytes, voc
 
 pytestmark = pytest.mark.slow
 
-VOCABULARY = 101
+VOCABULARY = 1024  # entries of preprocess_helpers.vocabulary_folder
 STEPS = 40
 RUN = [
     *["examples/pretrain_llama3_8b.sh", "--model-name", "tiny", "--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64"],

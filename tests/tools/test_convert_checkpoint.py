@@ -114,6 +114,8 @@ def test_wrong_result_is_caught_before_it_has_its_name(make_hf, tmp_path, monkey
         (["--from", "native", "--to", "hf", "--load", "."], "no native checkpoint"),
         (["--from", "gguf", "--to", "hf", "--load", "."], "0 .gguf files in this folder"),
         (["--from", "hf", "--to", "native", "--load", ".", "--target-model-parallel-size", "2"], "is for --to meta"),
+        (["--from", "hf", "--to", "native", "--load", ".", "--workers", "-1"], "--workers -1: at least 1 is needed"),
+        (["--from", "hf", "--to", "native", "--load", __file__], f"{__file__}/config.json: the file is missing"),
     ],
 )
 def test_refusals_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -126,6 +128,16 @@ def test_refusals_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     assert error.count("\n") == 1
     assert message in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_cannot_be_made_is_one_line(make_hf, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    folder = make_hf()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        convert(monkeypatch, "--from", "hf", "--to", "meta", "--load", folder, "--save", tmp_path / "file" / "out")
+    assert status.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
 
 
 def big_model(folder, layers=12):
@@ -188,26 +200,6 @@ def test_disk_that_fills_up_is_one_line(tmp_path, target):
     assert "while writing; nothing was kept" in error
     assert error.count("\n") == 1
     assert leftovers(tmp_path, "big") == []
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """small_disk(bytes) -> folder on a file system of its own of that size."""
-    mounted = []
-
-    def mount(size):
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-        refused = subprocess.run(command, capture_output=True, text=True)
-        if refused.returncode:
-            pytest.skip(f"mounting a small file system needs root: {refused.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""tools/preflight.py: what it names as unlike, slow or damaged; and the whole of it on ranks of this machine."""
+"""tools/preflight: what it names as unlike, slow or damaged; and the whole of it on ranks of this machine."""
 
 import os
 import subprocess
@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_llama3.config.errors import UserError
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
-from tools import preflight
+from tools.preflight import files, machines, transfers
 
 ROOT = Path(__file__).parents[2]
 MODEL = "--model-name tiny --train-iters 2 --seq-length 16"
@@ -33,18 +34,18 @@ def run(*flags: str, **environment: str) -> subprocess.CompletedProcess:
 def test_a_node_unlike_the_others_is_named(monkeypatch):
     alike = {"torch": "2.13.0", "GPUs": "8 x H100 of 80 GiB", "GPU count": "8"}
     nodes = {f"n{i}": dict(alike) for i in range(4)}
-    assert preflight.unlike(nodes) == []
+    assert machines.unlike(nodes) == []
     nodes["n2"]["torch"] = "2.12.0"
-    assert preflight.unlike(nodes) == ["torch is 2.12.0 on n2, but 2.13.0 on n0, n1, n3"]
-    monkeypatch.setattr(preflight, "GPUS_ASKED", 9)
-    assert "9 GPUs a node are asked for, but n0, n1, n2, n3 has 8 x H100 of 80 GiB" in preflight.unlike(nodes)
+    assert machines.unlike(nodes) == ["torch is 2.12.0 on n2, but 2.13.0 on n0, n1, n3"]
+    monkeypatch.setattr(machines, "GPUS_ASKED", 9)
+    assert "9 GPUs a node are asked for, but n0, n1, n2, n3 has 8 x H100 of 80 GiB" in machines.unlike(nodes)
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 4, 7, 8])
 def test_neighbours_are_mutual_and_every_node_has_one(nodes):
     met = set()
     for shift in (0, 1):
-        peers = {rank: preflight.neighbour(rank, 2 * nodes, 2, shift) for rank in range(2 * nodes)}
+        peers = {rank: transfers.neighbour(rank, 2 * nodes, 2, shift) for rank in range(2 * nodes)}
         for rank, peer in peers.items():
             assert peer is None or (peers[peer] == rank and peer % 2 == rank % 2 and peer // 2 != rank // 2)
         met |= {rank for rank, peer in peers.items() if peer is not None}
@@ -53,23 +54,23 @@ def test_neighbours_are_mutual_and_every_node_has_one(nodes):
 
 def test_a_slow_node_and_a_slow_pair_are_named():
     ring = {(f"n{i}", f"n{(i + 1) % 8}"): 1.0 for i in range(8)}
-    assert preflight.slow(ring, 3) == []
-    assert preflight.slow({**ring, ("n2", "n3"): 5.0}, 3) == ["p2p: n2 and n3 take 5.0 times the median"]
-    found = preflight.slow({**ring, ("n2", "n3"): 5.0, ("n3", "n4"): 4.0}, 3)
+    assert transfers.slow(ring, 3) == []
+    assert transfers.slow({**ring, ("n2", "n3"): 5.0}, 3) == ["p2p: n2 and n3 take 5.0 times the median"]
+    found = transfers.slow({**ring, ("n2", "n3"): 5.0, ("n3", "n4"): 4.0}, 3)
     assert found == ["p2p: node n3 takes 4.0 times the median with each neighbour"]
 
 
 def test_a_damaged_block_is_refused(data):
-    preflight.check_blocks(str(data))
+    files.check_blocks(str(data))
     (content := bytearray(data.with_suffix(".bin").read_bytes()))[7] ^= 1
     data.with_suffix(".bin").write_bytes(content)
-    with pytest.raises(preflight.UserError, match="bytes 0 to 180 are damaged"):
-        preflight.check_blocks(str(data))
+    with pytest.raises(UserError, match="bytes 0 to 180 are damaged"):
+        files.check_blocks(str(data))
 
 
 def test_no_room_for_a_checkpoint(tmp_path):
-    with pytest.raises(preflight.UserError, match="make room"):
-        preflight.make_room(tmp_path / "new", 1 << 60)
+    with pytest.raises(UserError, match="make room"):
+        files.make_room(tmp_path / "new", 1 << 60)
 
 
 def test_a_missing_dataset_is_refused_before_torch(tmp_path):

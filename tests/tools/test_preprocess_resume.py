@@ -120,7 +120,7 @@ def test_a_resumed_job_does_only_what_is_left(job, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: bytes([data[0] ^ 1]) + data[1:], lambda data: b""])
-@pytest.mark.parametrize("file", ["000001.0.bin", "000001.0.docs", "000001.json"])
+@pytest.mark.parametrize("file", ["tokens.0.bin", "000001.0.docs", "000001.json"])
 def test_a_spoilt_shard_is_made_again(job, file, spoil, tmp_path):
     """What a power cut may leave: a shard whose data never reached the disk."""
     job, expected = job

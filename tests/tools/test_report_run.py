@@ -31,6 +31,7 @@ def folder(tmp_path) -> Path:
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "sto')
     steps = [(20, 2), (35, 5), (58, 6), (90, 8)]
     lines = [{"time": t, "iteration": i, "loss": 3.0, "tokens_per_second": 9.0, "useful_seconds": 1} for t, i in steps]
+    lines.append({"iteration": 9, "loss": 1.0})  # of no known time: passed over
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 

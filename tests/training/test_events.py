@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import threading
 import time
 
@@ -27,6 +28,21 @@ def test_a_torn_line_is_ended_and_passed_over(tmp_path):
     assert read_lines(path) == [{"event": "start"}, {"event": "stop", "loss": "nan", "norm": "inf"}]
     assert path.read_text().count("\n") == 3
     assert read_lines(tmp_path / "none") == []
+
+
+def test_a_line_that_is_written_in_part_is_an_error(tmp_path):
+    """As on a disk that fills up, which takes what it has room for and says nothing."""
+    path = tmp_path / "events.jsonl"
+    append_line(path, {"event": "start"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+    try:
+        with pytest.raises(UserError, match=r"events\.jsonl: could not be written: No space left"):
+            append_line(path, {"event": "stop"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    append_line(path, {"event": "stop"})
+    assert read_lines(path) == [{"event": "start"}, {"event": "stop"}]
 
 
 def test_no_folder_no_events(tmp_path, monkeypatch):
