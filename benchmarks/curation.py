@@ -134,6 +134,10 @@ def heuristics(folder: Path, flags) -> None:
     spam = [planted.repeated(rng, rng.randint(10, 40)) for _ in few]
     filter_row("duplicate n-grams: logs", DuplicateNgramFilter(), logs, good)
     filter_row("duplicate n-grams: spam", DuplicateNgramFilter(), spam, good)
+    for language in ("de", "fr", "ja", "zh"):
+        pages = manual_pages(folder, language, flags.documents // 2)
+        bad = [f"{text[:400]}\n" * 5 for text in pages[::5]]
+        filter_row(f"duplicate n-grams: {language}, one piece five times", DuplicateNgramFilter(), bad, pages)
     inside = [f"{text}\n{planted.log(rng, 30)}" for text in few if len(text) > 6000]
     reasons, texts, _ = judged(DuplicateNgramFilter(), inside)
     lines = sum(30 for reason in reasons if not reason)
@@ -289,8 +293,68 @@ def contamination(folder: Path, flags) -> None:
     filter_row("decontamination: 3% of words exchanged, case and punctuation changed", step, close, good)
 
 
+def deduplication(folder: Path, flags) -> None:
+    """Older versions of URLs, near copies of documents, and a site's own lines in its pages."""
+    from megatron_llama3.curation.deduplicate import LineDedup, UrlDedup
+    from megatron_llama3.curation.minhash import MinhashDedup
+
+    rng = Random(7)
+    good = list(dict.fromkeys(manual_pages(folder, "en", 3 * flags.documents)))  # a third are links to others
+    pages = [document(text, f"good {i}", url=f"https://pages.org/{i}", date="2024-05-01") for i, text in enumerate(good)]
+    older = [document(text, f"planted {i}", url=f"http://Pages.org:80/{i}#x", date="2023-05-01T10:00") for i, text in enumerate(good[::3])]
+    global_row("URLs: older versions", UrlDedup(), pages, older, rng)
+    near = [document(planted.retouched(text, rng, 0.02), f"planted {i}") for i, text in enumerate(good[::3])]
+    global_row("MinHash: copies, 2% of words exchanged", MinhashDedup(), pages, near, rng)
+    banners = [f"{planted.prose(rng, 1)} Number {i}." for i in range(20)]
+    lined = [document(f"{rng.choice(banners)}\n{text}\n{rng.choice(banners)}", str(i)) for i, text in enumerate(good)]
+    with tempfile.TemporaryDirectory() as work:
+        started = time.process_time()
+        kept, _ = both_passes(LineDedup(), lined, work)
+        seconds = time.process_time() - started
+    left = sum(doc.text.count(banner) for doc in kept for banner in banners)
+    gone = 2 * len(good) - left
+    lost = sum(len(text.split("\n")) for text in good) - sum(len(doc.text.split("\n")) for doc in kept) + left
+    row("lines: a site's own in each page", 2 * len(good), gone, lost, sum(len(t.split("\n")) for t in good), seconds, len(good))
+    print(f"|   what counts as false here are headings and options that {len(good):,} manual pages have in common | | | | | |")
+
+
+def global_row(name: str, block, good: list, bad: list, rng: Random) -> None:
+    """A line for a block that sees the whole corpus. The planted stand behind all others: of near copies the first stays."""
+    documents = [*good, *rng.sample(bad, len(bad))]
+    with tempfile.TemporaryDirectory() as work:
+        started = time.process_time()
+        _, reasons = both_passes(block, documents, work, tasks=1)
+        seconds = time.process_time() - started
+    found = sum(identity.startswith("planted") for identity in reasons)
+    row(name, len(bad), found, len(reasons) - found, len(good), seconds, len(documents))
+
+
+def domains(folder: Path, flags) -> None:
+    """Programs among manual pages; trained on one half, tested on the other."""
+    import sysconfig
+
+    from megatron_llama3.curation.domains import DomainLabel
+    from megatron_llama3.curation.linear_classifier import LinearClassifier
+
+    prose = [cut(text, 1500) for text in manual_pages(folder, "en", flags.documents)]
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    programs = [text for text in (cut(path.read_text(errors="replace"), 1500) for path in sources) if len(text) == 1500]
+    texts, labels = [*prose[::2], *programs[::2]], ["general"] * len(prose[::2]) + ["code"] * len(programs[::2])
+    with tempfile.TemporaryDirectory() as work:
+        LinearClassifier.train(texts, labels).save(f"{work}/domains.npz")
+        documents = [document(text, kind) for kind, texts in (("general", prose[1::2]), ("code", programs[1::2])) for text in texts]
+        started = time.process_time()
+        labelled = list(DomainLabel(f"{work}/domains.npz").run(iter(documents)))
+        seconds = time.process_time() - started
+    found = sum(doc.id == doc.metadata["domain"] == "code" for doc in labelled)
+    false = sum(doc.id == "general" and doc.metadata["domain"] == "code" for doc in labelled)
+    row("domain: programs among manual pages", len(programs[1::2]), found, false, len(prose[1::2]), seconds, len(documents))
+
+
 BLOCKS = {
     "extract": extraction,
+    "deduplication": deduplication,
+    "domains": domains,
     "heuristics": heuristics,
     "divergence": divergence,
     "language": language,

@@ -2,13 +2,14 @@
 
 Each stands in for what a real run has: the judgements for those of a language model, the labels for a person's, the quiz for an evaluation
 set. Good are passages of the pages, bad are the same with their words shuffled, or a few words over and over; general is the handbook, code
-are the kernel documentation's listings; the quiz is 20 sentences of the pages themselves, which decontamination must find.
+are the kernel documentation's listings and the pages that mostly consist of them; the quiz is 20 sentences of the pages themselves, which
+decontamination must find.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -29,7 +30,7 @@ def main() -> None:
     handbook = {language: chosen(handbooks / language, flags.pages, rng) for language in LANGUAGES}
     kernel = chosen(flags.folder / "usr/share/doc/linux-doc-6.1/html", flags.pages, rng)
     good = [passage for pages in [*handbook.values(), kernel] for passage in passages(pages)]
-    general, code = list(passages(handbook["en-US"])), list(listings(kernel))
+    general, code = list(passages(handbook["en-US"])), [*listings(kernel), *passages(page for page in kernel if is_code(page))]
     judged = [{"text": text, "score": 4} for text in good] + [{"text": spoilt(text, rng), "score": 1} for text in good]
     write(flags.folder / "judged.jsonl", judged)
     labelled = [{"text": text, "label": label} for label, texts in (("general", general), ("code", code)) for text in texts]
@@ -45,7 +46,7 @@ def chosen(folder: Path, count: int, rng: Random) -> list[str]:
     return [path.read_text(encoding="utf-8") for path in rng.sample(paths, min(count, len(paths)))]
 
 
-def passages(pages: list[str]) -> Iterator[str]:
+def passages(pages: Iterable[str]) -> Iterator[str]:
     """Pieces of the pages' text, long enough to be judged."""
     from megatron_llama3.curation.extract import html_to_text
 
@@ -59,6 +60,13 @@ def listings(pages: list[str]) -> Iterator[str]:
     for page in pages:
         blocks = [block.text for block in HTMLTree.parse(page).body.query_selector_all("pre")[:]]
         yield from (text[:PASSAGE] for text in blocks if len(text) > PASSAGE // 5)
+
+
+def is_code(page: str) -> bool:
+    """Whether at least a third of its text is in listings."""
+    from megatron_llama3.curation.extract import html_to_text
+
+    return 3 * sum(map(len, listings([page]))) > len(html_to_text(page))
 
 
 def spoilt(text: str, rng: Random) -> str:

@@ -77,7 +77,7 @@ SlurmdTimeout=6
 KillWait=10
 ReturnToService=2
 MinJobAge=3600
-NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((PORT + 1))-$((PORT + 2))] CPUs=8 State=UNKNOWN
+NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((PORT + 1))-$((PORT + 2))] CPUs=8 RealMemory=65536 State=UNKNOWN
 PartitionName=local Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
     printf 'export SLURM_CONF=%q\n' "$SLURM_CONF" >"$DIR/env.sh"

@@ -1,4 +1,4 @@
-"""For every test: the user's cache is left alone, and a disk that is small enough to fill."""
+"""For every test: the user's cache is left alone. For some: a Slurm, and a disk that is small enough to fill."""
 
 import os
 import shutil
@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests.slurm_cluster import CANNOT_BE_INSTALLED, Slurm
 
 _kept = os.environ.get("XDG_CACHE_HOME")
 
@@ -24,6 +26,18 @@ def pytest_unconfigure(config):
     shutil.rmtree(os.environ.pop("XDG_CACHE_HOME"), ignore_errors=True)
     if _kept is not None:
         os.environ["XDG_CACHE_HOME"] = _kept
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Skips only where Slurm cannot be installed, and not even there if REQUIRE_SLURM is set, as .ci/run does."""
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    up = cluster.local("up")
+    if up.returncode == CANNOT_BE_INSTALLED and not os.environ.get("REQUIRE_SLURM"):
+        pytest.skip(up.stderr.strip())
+    assert up.returncode == 0, up.stderr
+    yield cluster
+    cluster.local("down")
 
 
 @pytest.fixture

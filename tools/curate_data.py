@@ -45,7 +45,8 @@ def main() -> None:
     print(report_text(rows))
     if flags.report:
         with whole_file(flags.report) as file:
-            file.write(report_html(rows, f"Curation: {Path(flags.pipeline).name}").encode())
+            title, yaml = f"Curation: {Path(flags.pipeline).name}", Path(flags.pipeline).read_text(encoding="utf-8")
+            file.write(report_html(rows, title, yaml).encode(errors="replace"))
     if rows[0].reasons:
         print(f"{sum(rows[0].reasons.values()):,} records of the input are no documents: see {flags.output}/rejected", file=sys.stderr)
 

@@ -55,7 +55,7 @@ def read_examples(flags: argparse.Namespace) -> tuple[list[str], list[str]]:
         judged = read_judgements(flags.judgements, flags.documents)
         return [text for text, _ in judged], [GOOD if score >= flags.min_score else BAD for _, score in judged]
     try:
-        records = [json.loads(line) for line in Path(flags.domains).read_text(encoding="utf-8").splitlines() if line.strip()]
+        records = [json.loads(line) for line in Path(flags.domains).read_text(encoding="utf-8").split("\n") if line.strip()]
         return [record["text"] for record in records], [record["label"] for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--domains {flags.domains}: needs JSONL lines with text and label ({error!r})") from error

@@ -18,11 +18,11 @@ from megatron_llama3.curation.plain_words import ngram_hashes, split_words, word
 
 
 class DecontaminationFilter(BaseFilter):
-    """Drops documents (`contaminated_SET`); which example and how much of it goes into `contaminated_by`.
+    """Drops documents that hold an evaluation example (`contaminated_SET`); which one, and how much of it, goes into `contaminated_by`.
 
     evaluation_sets: name -> JSONL file. keys: the fields that hold text, each compared by itself; none given: every field that is a string.
     ngram: words an n-gram. min_share: of an example's words; a number or one for each set (the paper chooses one for each).
-    Texts shorter than an n-gram would match by accident and are not looked for; how many there were is logged.
+    Texts shorter than an n-gram would match by accident and are not looked for; the report says how many there were.
     """
 
     name = "Decontamination"
@@ -37,6 +37,9 @@ class DecontaminationFilter(BaseFilter):
     ):
         super().__init__(exclusion_writer)
         self.index = EvaluationIndex(evaluation_sets, keys, ngram)
+        self.notes = [f"{len(self.index.examples):,} evaluation texts looked for"]
+        if self.index.too_short:
+            self.notes.append(f"{self.index.too_short:,} evaluation texts have fewer than {ngram} words and were not looked for")
         self.min_share = min_share if isinstance(min_share, dict) else dict.fromkeys(evaluation_sets, min_share)
         if missing := set(evaluation_sets) - set(self.min_share):
             raise UserError(

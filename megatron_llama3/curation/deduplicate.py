@@ -24,6 +24,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 class UrlDedup(GlobalBlock):
     """Keeps the newest document of each URL; of equally new ones, or ones without a date, the first. Documents without a URL stay.
 
+    Dropped: `older_version`. URLs are compared without scheme, user, default port and fragment, the host in lower case.
+
     url_key, date_key: metadata keys. A date is ISO 8601 (UTC unless it says otherwise) or seconds since 1970.
     """
 
@@ -37,7 +39,7 @@ class UrlDedup(GlobalBlock):
         return [Search("older", tasks, FindOlder(folder, os.path.join(folder, "listed"), tasks))]
 
     def apply(self, folder: str) -> PipelineStep:
-        return DropListed(folder, os.path.join(folder, "listed"), "another version of the URL stays")
+        return DropListed(folder, os.path.join(folder, "listed"), "older_version")
 
 
 def normalised_url(url: str) -> str:
@@ -111,29 +113,43 @@ class LineDedup(GlobalBlock):
     """Removes every copy of a line that is seen more than `times` times in its bucket of `bucket` successive documents, as the paper does.
 
     Lines are compared as ccNet does, without case, punctuation and accents, and with every number 0; lines without a word stay. A document
-    that has no other lines left is dropped. within: a metadata key (such as `language`); lines count only with those of equal values.
+    that has no other lines left is dropped (`no_line_left`).
+
+    within: a metadata key (such as `language`); lines count only with those of equal values. spare: metadata key -> values of documents
+    that are left alone, `{domain: [code, reasoning]}`: in programs every `#include` is a frequent line.
     """
 
-    def __init__(self, times: int = 6, bucket: int = 30_000_000, within: str | None = None):
+    def __init__(
+        self, times: int = 6, bucket: int = 30_000_000, within: str | None = None, spare: dict[str, list[str]] | None = None
+    ):
         if times < 1 or bucket < 1:
             raise UserError(f"times {times} and bucket {bucket} must be at least 1")
-        self.times, self.bucket, self.within = times, bucket, within
+        self.times, self.bucket, self.lines = times, bucket, LineKeys(within, spare or {})
 
     def collect(self, folder: str, partitions: int) -> PipelineStep:
-        return WriteLines(folder, partitions, self.within)
+        return WriteLines(folder, partitions, self.lines)
 
     def search(self, folder: str, tasks: int) -> list[Search]:
         return [Search("frequent", tasks, FindFrequent(folder, os.path.join(folder, "frequent"), tasks, self.times, self.bucket))]
 
     def apply(self, folder: str) -> PipelineStep:
-        return DropLines(folder, os.path.join(folder, "frequent"), self.bucket, self.within)
+        return DropLines(folder, os.path.join(folder, "frequent"), self.bucket, self.lines)
 
 
-def line_keys(lines: list[str], words: WordHashes, group: str) -> np.ndarray:
-    """uint64 [lines]: the hash of a line's normalised words; 0 for a line without a word."""
-    hashes = (words.of_text(line) for line in lines)
-    seed = xxhash.xxh3_64_intdigest(group)
-    return np.fromiter((xxhash.xxh3_64_intdigest(line, seed) if line else 0 for line in hashes), np.uint64, len(lines))
+class LineKeys:
+    """A document's lines as hashes of their normalised words; `within` and `spare` as in `LineDedup`."""
+
+    def __init__(self, within: str | None, spare: dict[str, list[str]]):
+        self.within, self.spare = within, spare
+
+    def of(self, document: Document, words: WordHashes) -> np.ndarray:
+        """uint64 [lines]; 0 for a line without a word, and for every line of a document that is spared."""
+        lines = document.text.split("\n")
+        if any(document.metadata.get(key) in values for key, values in self.spare.items()):
+            return np.zeros(len(lines), np.uint64)
+        seed = xxhash.xxh3_64_intdigest(str(document.metadata.get(self.within)) if self.within else "")
+        hashes = map(words.of_text, lines)
+        return np.fromiter((xxhash.xxh3_64_intdigest(line, seed) if line else 0 for line in hashes), np.uint64, len(lines))
 
 
 class WriteLines(PipelineStep):
@@ -142,15 +158,15 @@ class WriteLines(PipelineStep):
     type = "DEDUP"
     name = "lines"
 
-    def __init__(self, folder: str, partitions: int, within: str | None):
+    def __init__(self, folder: str, partitions: int, lines: LineKeys):
         super().__init__()
-        self.folder, self.partitions, self.within = folder, partitions, within
+        self.folder, self.partitions, self.lines = folder, partitions, lines
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         writer = RecordWriter(self.folder, rank, self.partitions, _LINE_RECORD)
         words, count = WordHashes(), 0
         for count, document in enumerate(data, 1):
-            keys = line_keys(document.text.split("\n"), words, _group(document, self.within))
+            keys = self.lines.of(document, words)
             records = np.empty(np.count_nonzero(keys), _LINE_RECORD)
             records["key"], records["document"] = keys[keys != 0], count - 1
             writer.append(records)
@@ -158,8 +174,17 @@ class WriteLines(PipelineStep):
         writer.close(count)
 
 
-def _group(document: Document, within: str | None) -> str:
-    return str(document.metadata.get(within)) if within else ""
+def _without(lines: list[str], dropped: np.ndarray) -> str:
+    """The other lines; of the empty ones around what went, one stays."""
+    kept: list[str] = []
+    gap = True
+    for line, drop in zip(lines, dropped):
+        if drop:
+            gap = gap or not kept[-1].strip()
+        elif line.strip() or not gap:
+            kept.append(line)
+            gap = False
+    return "\n".join(kept).rstrip("\n")
 
 
 class FindFrequent(PipelineStep):
@@ -185,9 +210,9 @@ class DropLines(BaseFilter):
     name = "frequent lines"
     positional = True
 
-    def __init__(self, folder: str, frequent: str, bucket: int, within: str | None):
+    def __init__(self, folder: str, frequent: str, bucket: int, lines: LineKeys):
         super().__init__()
-        self.folder, self.frequent, self.bucket, self.within = folder, frequent, bucket, within
+        self.folder, self.frequent, self.bucket, self.lines = folder, frequent, bucket, lines
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         self._next = int(RecordReader(self.folder, world_size, _LINE_RECORD).first[rank])
@@ -199,13 +224,12 @@ class DropLines(BaseFilter):
         self._next += 1
         if bucket != self._loaded:
             self._loaded, self._keys = bucket, self._load(bucket)
-        lines = doc.text.split("\n")
-        keys = line_keys(lines, self._words, _group(doc, self.within))
+        keys = self.lines.of(doc, self._words)
         found = self._keys[np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)] == keys
         if not found.any():
             return True
-        doc.text = "\n".join(line for line, drop in zip(lines, found) if not drop)
-        return True if keys[~found].any() else (False, "no line left")
+        doc.text = _without(doc.text.split("\n"), found)
+        return True if keys[~found].any() else (False, "no_line_left")
 
     def _load(self, bucket: int) -> np.ndarray:
         """Sorted, with a last key that no line has, so that it is never empty."""

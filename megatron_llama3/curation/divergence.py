@@ -4,18 +4,19 @@ A short document diverges merely because it is short, so what is judged is the e
 words are drawn from the corpus itself. Each language (the metadata entry `language`, where there is one) is its own corpus.
 """
 
-from collections import Counter
+import os
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from megatron_llama3.curation.plain_words import split_words
+from megatron_llama3.curation.files import task_file, whole_file
+from megatron_llama3.curation.plain_words import split_words, word_hashes
 from megatron_llama3.curation.steps import GlobalBlock, Search
-from megatron_llama3.curation.task_counts import read_task_counts, write_task_counts
 
-_MOST_WORDS = 1_000_000  # listed by a task for a language; rarer ones go in as one number
+# Words are counted by hash: tables of one size, which add up to the same sums whatever the number of tasks.
+BUCKETS = 1 << 20
 _DRAWS = 8
 
 
@@ -32,14 +33,19 @@ class DivergenceFilter(GlobalBlock):
         return CountWords(folder)
 
     def search(self, folder: str, tasks: int) -> list[Search]:
-        return []
+        return [Search("words", 1, AddCounts(folder, os.path.join(folder, "corpus"), tasks))]
 
     def apply(self, folder: str) -> PipelineStep:
-        return DropDivergent(folder, self.max_excess, self.min_words)
+        return DropDivergent(os.path.join(folder, "corpus"), self.max_excess, self.min_words)
+
+
+def word_buckets(text: str) -> np.ndarray:
+    """int64 [words]"""
+    return (word_hashes(split_words(text)) % np.uint64(BUCKETS)).astype(np.int64)
 
 
 class CountWords(PipelineStep):
-    """First pass: the words of each language."""
+    """First pass: the words of each language; `RANK.npz`: languages, and uint64 [languages, BUCKETS]."""
 
     type = "STATS"
     name = "word counts"
@@ -49,31 +55,63 @@ class CountWords(PipelineStep):
         self.folder = folder
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        languages: dict[str, Counter[str]] = {}
+        languages: dict[str, np.ndarray] = {}
         for doc in data:
-            languages.setdefault(_language(doc), Counter()).update(split_words(doc.text))
+            buckets, counts = np.unique(word_buckets(doc.text), return_counts=True)
+            language = _language(doc)
+            if language not in languages:
+                languages[language] = np.zeros(BUCKETS, np.uint64)
+            languages[language][buckets] += counts.astype(np.uint64)
             yield doc
-        written = {}
-        for language, counts in languages.items():
-            common = dict(counts.most_common(_MOST_WORDS))
-            written[language] = {"words": common, "rare": counts.total() - sum(common.values())}
-        write_task_counts(self.folder, rank, world_size, written)
+        _save_counts(task_file(self.folder, rank, "npz"), languages)
+
+
+class AddCounts(PipelineStep):
+    """The sum over all tasks, once, so that the second pass reads one file."""
+
+    type = "STATS"
+    name = "word counts of the corpus"
+
+    def __init__(self, folder: str, output: str, ranks: int):
+        super().__init__()
+        self.folder, self.output, self.ranks = folder, output, ranks
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        total: dict[str, np.ndarray] = {}
+        for number in range(self.ranks):
+            for language, counts in _load_counts(task_file(self.folder, number, "npz")).items():
+                total[language] = total[language] + counts if language in total else counts
+        _save_counts(task_file(self.output, 0, "npz"), total)
+
+
+def _save_counts(path: str, languages: dict[str, np.ndarray]) -> None:
+    names = np.array(list(languages) or [""])
+    table = np.stack(list(languages.values())) if languages else np.zeros((1, BUCKETS), np.uint64)
+    with whole_file(path) as file:
+        np.savez_compressed(file, names=names, table=table)
+
+
+def _load_counts(path: str) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(zip(file["names"].tolist(), file["table"]))
 
 
 class DropDivergent(BaseFilter):
     """Second pass."""
 
     name = "divergence from the corpus"
+    score = ("word_divergence", 0.25)
 
-    def __init__(self, folder: str, max_excess: float, min_words: int):
+    def __init__(self, corpus: str, max_excess: float, min_words: int):
         super().__init__()
-        self.folder, self.max_excess, self.min_words = folder, max_excess, min_words
+        self.corpus, self.max_excess, self.min_words = corpus, max_excess, min_words
         self._corpora: dict[str, WordDistribution] | None = None
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         if self._corpora is None:  # here, since the step is made before the first pass has run
-            self._corpora = read_corpora(self.folder)
-        words = split_words(doc.text)
+            counts = _load_counts(task_file(self.corpus, 0, "npz"))
+            self._corpora = {language: WordDistribution(table) for language, table in counts.items()}
+        words = word_buckets(doc.text)
         if len(words) < self.min_words:
             return True
         excess = self._corpora[_language(doc)].excess(words)
@@ -85,36 +123,23 @@ def _language(doc: Document) -> str:
     return str(doc.metadata.get("language", ""))
 
 
-def read_corpora(folder: str) -> dict[str, "WordDistribution"]:
-    """language -> its distribution, from the counts of all tasks."""
-    words: dict[str, Counter[str]] = {}
-    rare: Counter[str] = Counter()
-    for task in read_task_counts(folder):
-        for language, counts in task.items():
-            words.setdefault(language, Counter()).update(counts["words"])
-            rare[language] += counts["rare"]
-    return {language: WordDistribution(counts, rare[language]) for language, counts in words.items()}
-
-
 class WordDistribution:
-    """A corpus's distribution; a word that it lacks counts as one occurrence of half a word."""
+    """A corpus's distribution; a word that it lacks counts as one occurrence of half a word. counts: [buckets]."""
 
-    def __init__(self, counts: Counter[str], rare: int = 0):
-        total = counts.total() + rare
-        self.unseen = float(np.log(2 * max(total, 1)))
-        self.surprise = {word: float(-np.log(count / total)) for word, count in counts.items()}
-        shares = np.array(sorted(counts.values(), reverse=True), dtype=np.float64)
-        self.shares = shares / shares.sum()
+    def __init__(self, counts: np.ndarray):
+        total = max(float(counts.sum()), 1.0)
+        self.surprise = np.log(total / np.maximum(counts.astype(np.float64), 0.5))
+        shares = np.sort(counts[counts > 0].astype(np.float64))[::-1]
+        self.shares = shares / total
         self.cumulative = np.cumsum(self.shares)
-        self.cumulative[-1] = 1.0
+        self.cumulative[-1:] = 1.0
         self._drawn_divergence: dict[int, float] = {}
 
-    def excess(self, words: list[str]) -> float:
-        """Nats above the divergence of as many random words. words: at least one."""
-        counts = Counter(words)
-        shares = np.array(list(counts.values())) / len(words)
-        surprise = np.array([self.surprise.get(word, self.unseen) for word in counts])
-        return float((shares * (surprise + np.log(shares))).sum()) - self.expected(len(words))
+    def excess(self, words: np.ndarray) -> float:
+        """Nats above the divergence of as many random words. words: their buckets, at least one."""
+        buckets, counts = np.unique(words, return_counts=True)
+        shares = counts / len(words)
+        return float((shares * (self.surprise[buckets] + np.log(shares))).sum()) - self.expected(len(words))
 
     def expected(self, words: int) -> float:
         """Linear in log n between powers of two, each the mean of a few drawn texts."""

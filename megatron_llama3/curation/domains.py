@@ -1,5 +1,7 @@
 """Domain labels, the paper's knowledge classification (3.1.2), by a trained classifier."""
 
+import os
+
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
@@ -18,7 +20,8 @@ class DomainLabel(PipelineStep):
 
     def __init__(self, model: str, main_language: str = "en"):
         super().__init__()
-        self.path, self.main_language = model, main_language
+        load_classifier(model)  # a run that cannot end is not begun
+        self.path, self.main_language = os.path.abspath(model), main_language
         self._model = None
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:

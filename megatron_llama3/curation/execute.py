@@ -41,6 +41,7 @@ from megatron_llama3.curation.stages import Stage, build_stages, funnel
 _ROOT = str(Path(__file__).parents[2])
 _PR_SET_PDEATHSIG = 1
 _OURS = ("pipeline", "tasks", "workers", "logging_dir", "depends", "depends_job_id", "skip_completed", "job_name", "job_id_retriever")
+_OURS += ("max_array_launch_parallel",)  # its jobs could not be waited for: datatrove tells the last one's number only
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def curate(pipeline: Pipeline, output: str, options: ExecutorOptions, say: Calla
             for aside in (folder / "work" / "documents").glob(".*"):  # of tasks that were killed
                 aside.unlink()
             os.replace(folder / "work" / "documents", folder / "documents")
-        return funnel(stages)
+        return [Tally(**row) for row in json.loads((folder / "report.json").read_text())]
 
 
 @contextmanager
@@ -84,7 +85,8 @@ def _locked(folder: Path) -> Iterator[None]:
 def _claim(folder: Path, pipeline: Pipeline, sources: list, tasks: int) -> None:
     """Refuses a folder that holds the work of another pipeline, input or number of tasks."""
     path = folder / "pipeline.json"
-    claim = {**pipeline.work, "tasks": tasks, "sources": [[source.path, source.size, source.mtime_ns] for source in sources]}
+    inputs = [[source.path, source.size, source.mtime_ns] for source in sources]
+    claim = {**pipeline.work, "tasks": tasks, "files": pipeline.files, "sources": inputs}
     claim = json.loads(json.dumps(claim, default=str))
     if not path.exists():
         if foreign := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith((".lock", ".pipeline.json"))):
@@ -94,7 +96,11 @@ def _claim(folder: Path, pipeline: Pipeline, sources: list, tasks: int) -> None:
         return
     before = json.loads(path.read_text())
     if different := [key for key in claim if claim[key] != before.get(key)]:
-        what = {"sources": "the input files have changed", "tasks": f"it was begun with --tasks {before.get('tasks')}"}
+        what = {
+            "sources": "the input files have changed",
+            "files": "a file that a block reads has changed",
+            "tasks": f"it was begun with --tasks {before.get('tasks')}",
+        }
         reason = what.get(different[0], f"it was begun with other {different[0]}")
         raise UserError(f"--output {folder}: {reason}; choose another folder, or remove this one")
 
@@ -218,7 +224,10 @@ def _run_on_slurm(stages: list[Stage], logs: Path, options: ExecutorOptions, pip
         executor = _SlurmExecutor(
             stage.steps, tasks=stage.tasks, workers=options.workers, logging_dir=logging_dir, depends=depends, job_name=name, **arguments
         )
-        executor.run()
+        try:
+            executor.run()
+        except subprocess.CalledProcessError as error:  # what sbatch said is on the screen
+            raise UserError(f"stage {stage.name}: sbatch refused it ({error.returncode}); mend the YAML's slurm group") from None
         executors.append(executor)
         if executor.job_id != -1:
             ids.append(executor.job_id)
@@ -233,7 +242,7 @@ def _wait_for_jobs(ids: list[str], which: str, say: Callable[[str], None]) -> No
     if ids:
         say(f"waiting for Slurm jobs {which}: {', '.join(ids)}")
     while ids:
-        queue = subprocess.run(["squeue", "--noheader", "--format=%A"], capture_output=True, text=True)
+        queue = subprocess.run(["squeue", "--noheader", "--format=%F"], capture_output=True, text=True)
         if queue.returncode:
             say(f"squeue: {queue.stderr.strip()}")
         elif not set(queue.stdout.split()) & set(ids):

@@ -96,6 +96,7 @@ def html_to_text(html: str) -> str:
     for element, tex in formulas(tree):
         element.replace_with(tree.create_text_node(f" {mark(tex)} " if tex else " "))
     _take_out_code(tree, mark)
+    _rows_on_lines(tree)
     whole = sum(_length(text) for text in [tree.body.text, *kept])
     _prune(tree.body, _MOSTLY * whole, kept)
     options = {"alt_texts": True, "list_bullets": False, "links": False, "form_fields": False, "noscript": False, "comments": False}
@@ -119,6 +120,14 @@ def _take_out_code(tree: HTMLTree, mark: Callable[[str], str]) -> None:
     for code in body.query_selector_all("code, kbd, samp, tt, var")[:]:
         if not code.closest("pre") and (code.text or "").strip() and not _MARK.search(code.text):
             code.text = mark(" ".join(code.text.split()))
+
+
+def _rows_on_lines(tree: HTMLTree) -> None:
+    """A table's cell that is one paragraph becomes its text, so that a row stays a line."""
+    for paragraph in tree.body.query_selector_all("td > p:only-child, th > p:only-child")[:]:
+        for child in paragraph.child_nodes[:]:
+            paragraph.parent.insert_before(child, paragraph)
+        paragraph.remove()
 
 
 @dataclass

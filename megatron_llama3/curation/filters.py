@@ -12,10 +12,11 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
 from megatron_llama3.curation.lists import read_lists
-from megatron_llama3.curation.plain_words import PlainWords, ngram_hashes, split_words, word_hashes
+from megatron_llama3.curation.plain_words import PlainWords, is_unspaced, ngram_hashes, split_words, word_hashes
 
 # Twice Gopher's limits (Rae et al. 2021, Table A1): with its own, 11% of 300 of Debian's manual pages would go.
 NGRAM_LIMITS = ((5, 0.30), (6, 0.28), (7, 0.26), (8, 0.24), (9, 0.22), (10, 0.20))
+_CHARACTERS_A_WORD = 2  # in Japanese and Chinese: with 1, 42 of 147 Japanese manual pages would go
 _DIGITS = re.compile(r"\d+|\b0x[0-9a-fA-F]+\b")
 
 
@@ -27,8 +28,8 @@ class DuplicateNgramFilter(BaseFilter):
     `line_ngram`-grams that the document has at least `line_repeats` times.
 
     ngrams: (n, highest share of the characters of words that lie in an n-gram occurring more than once), as Gopher counts them: of an
-    n-gram's occurrences the first is free, and none counts twice.
-    min_kept: the share of a document's words that must survive the removal of lines.
+    n-gram's occurrences the first is free, and none counts twice. Where most words are characters of a script without spaces, n is twice
+    that. min_kept: the share of a document's words that must survive the removal of lines.
     """
 
     name = "Duplicate n-grams"
@@ -39,7 +40,7 @@ class DuplicateNgramFilter(BaseFilter):
         line_ngram: int = 6,
         line_repeats: int = 8,
         line_coverage: float = 0.8,
-        min_line_words: int = 6,
+        min_line_words: int = 10,
         min_kept: float = 0.5,
         exclusion_writer: DiskWriter | None = None,
     ):
@@ -61,9 +62,10 @@ class DuplicateNgramFilter(BaseFilter):
             doc.text = "\n".join(lines[number] for number in kept)
             words = [words[number] for number in kept]
         flat = [word for line in words for word in line]
-        for n, share in duplicate_coverage(flat, [n for n, _ in self.ngrams]).items():
-            if share > dict(self.ngrams)[n]:
-                return False, "duplicate_ngrams"
+        scale = _CHARACTERS_A_WORD if sum(map(is_unspaced, flat)) > len(flat) / 2 else 1
+        shares = duplicate_coverage(flat, [scale * n for n, _ in self.ngrams])
+        if any(shares[scale * n] > limit for n, limit in self.ngrams):
+            return False, "duplicate_ngrams"
         return True
 
     def _repetitive(self, words: list[list[str]]) -> np.ndarray:
@@ -141,6 +143,7 @@ class DirtyWordFilter(BaseFilter):
 class _PlainlySplit:
     """Whatever `language` a filter of datatrove's is given, it splits words as this project does."""
 
+    fixed_arguments = ("language",)
     language = property(lambda self: _PLAIN_WORDS, lambda self, language: None)
 
 
@@ -148,22 +151,40 @@ _PLAIN_WORDS = PlainWords()
 
 
 class GopherQuality(_PlainlySplit, GopherQualityFilter):
-    """datatrove's filter and its arguments; a document without words is `gopher_short_doc`."""
+    """datatrove's filter by Gopher's rules for quality (Rae et al. 2021).
+
+    Drops documents of too few or too many words (`gopher_short_doc`, `gopher_long_doc`), of too short or long ones
+    (`gopher_below_avg_threshold`, `gopher_above_avg_threshold`), with too many `#` or ellipses for their words (`gopher_too_many_hashes`,
+    `gopher_too_many_ellipsis`), lines that are bullets or end in an ellipsis (`gopher_too_many_bullets`, `gopher_too_many_end_ellipsis`),
+    too few words with a letter (`gopher_below_alpha_threshold`), or too few English stop words (`gopher_enough_stop_words`).
+    """
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         return super().filter(doc) if split_words(doc.text) else (False, "gopher_short_doc")
 
 
 class GopherRepetition(_PlainlySplit, GopherRepetitionFilter):
-    """datatrove's filter and its arguments."""
+    """datatrove's filter by Gopher's rules for repetition.
+
+    Drops documents with too many equal paragraphs or lines (`dup_para_frac`, `dup_para_char_frac`, `dup_line_frac`, `dup_line_char_frac`),
+    too much of their text in one n-gram (`top_2_gram`, ...) or in repeated ones (`duplicated_5_n_grams`, ...), or no text (`empty`).
+    """
 
 
 class C4Quality(_PlainlySplit, C4QualityFilter):
-    """datatrove's filter and its arguments. Its rule on curly brackets drops all code: `filter_curly_bracket: false` for that."""
+    """datatrove's filter by C4's rules (Raffel et al. 2020), line by line, then by document.
+
+    Takes out lines without a final mark, of too few words, with a word that is too long, on JavaScript, cookies and terms of use. Drops
+    documents with `lorem_ipsum`, a `curly_bracket` (all code has one: `filter_curly_bracket: false` keeps it) or `too_few_sentences`.
+    """
 
 
 class FineWebQuality(_PlainlySplit, FineWebQualityFilter):
-    """datatrove's filter and its arguments; a document without words is `empty`."""
+    """datatrove's filter by FineWeb's rules (Penedo et al. 2024).
+
+    Drops documents with too few lines that end in a mark (`line_punct_ratio`), too many short ones (`short_line_ratio`), too many
+    characters in repeated lines (`char_dup_ratio`), too many line breaks for their words (`list_ratio`), or no text (`empty`).
+    """
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         return super().filter(doc) if split_words(doc.text) else (False, "empty")

@@ -14,6 +14,8 @@ _FORMS = {
     **{"mfrac": "\\frac{{{}}}{{{}}}", "mroot": "\\sqrt[{1}]{{{0}}}"},
     **{"msubsup": "{}_{{{}}}^{{{}}}", "munderover": "{}_{{{}}}^{{{}}}"},
 }
+# Over one letter these are accents, not upper limits.
+_ACCENTS = {"¯": "bar", "‾": "bar", "^": "hat", "ˆ": "hat", "~": "tilde", "˜": "tilde", "→": "vec", "˙": "dot", "¨": "ddot"}
 
 
 def formulas(tree: HTMLTree) -> list[tuple[object, str]]:
@@ -72,8 +74,13 @@ def _mathml_to_tex(node) -> str:
         return ""
     children = [child for child in node.child_nodes[:] if child.tag and not child.tag.startswith("#")]
     if not children:
-        return " ".join((node.text or "").split())
+        text = " ".join((node.text or "").split())
+        return f"\\text{{{text}}}" if tag == "mtext" and text else text
     parts = [_mathml_to_tex(child) for child in children]
+    if tag == "mover" and len(parts) == 2 and parts[1] in _ACCENTS:
+        return f"\\{_ACCENTS[parts[1]]}{{{parts[0]}}}"
+    if tag == "mfenced":
+        return f"{node.getattr('open') or '('}{', '.join(parts)}{node.getattr('close') or ')'}"
     if tag == "msqrt":
         return f"\\sqrt{{{' '.join(parts)}}}"
     if tag == "mtable":

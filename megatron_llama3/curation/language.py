@@ -21,6 +21,7 @@ class LanguageFilter(BaseFilter):
     """
 
     name = "Language"
+    score = ("language_score", 0.05)
 
     def __init__(
         self, languages: list[str] | dict[str, float] | None = None, threshold: float = 0.65, exclusion_writer: DiskWriter | None = None

@@ -27,10 +27,12 @@ _VERIFY_PAIRS = 1 << 15
 
 
 class MinhashDedup(GlobalBlock):
-    """Drops documents whose word n-grams are those of an earlier document, up to a Jaccard similarity of `threshold`.
+    """Drops documents (`near_duplicate`) of a Jaccard similarity of `threshold` or more, by their word n-grams, to an earlier document.
 
     A pair of similarity s becomes a candidate with probability 1 - (1 - s^rows)^bands, and is then judged by bands * rows slots, kept as
-    bytes. within: a metadata key (such as `language`); only documents of equal values are compared.
+    bytes.
+
+    ngram: words in one. within: a metadata key (such as `language`); only documents of equal values are compared. seed: of the hashes.
     """
 
     def __init__(self, threshold: float = 0.72, ngram: int = 5, bands: int = 32, rows: int = 8, within: str | None = None, seed: int = 1):
@@ -51,7 +53,7 @@ class MinhashDedup(GlobalBlock):
         ]
 
     def apply(self, folder: str) -> PipelineStep:
-        return DropListed(folder, os.path.join(folder, "listed"), "near-duplicate of an earlier document")
+        return DropListed(folder, os.path.join(folder, "listed"), "near_duplicate")
 
 
 def signatures(texts: list[bytes], ngram: int, slots: int, seed: int) -> np.ndarray:

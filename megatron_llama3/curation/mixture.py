@@ -3,16 +3,19 @@
 The paper's final mix: half general knowledge, a quarter mathematics and reasoning, 17% code, 8% multilingual.
 """
 
+import json
+import os
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import xxhash
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
-from loguru import logger
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.curation.files import whole_file
 from megatron_llama3.curation.steps import GlobalBlock, Search
 from megatron_llama3.curation.task_counts import read_task_counts, write_task_counts
 from megatron_llama3.tokenizer.llama3 import load_tokenizer
@@ -76,10 +79,13 @@ def copies(identity: str, epochs: float, seed: int) -> int:
 class Mixture(GlobalBlock):
     """Takes documents so that the tokens of the domains stand in the target's proportions: fewer of what there is too much of, some again.
 
-    target: domain -> share. tokens: of the mix; see `plan_mixture`. max_epochs: how often a document may be taken; a domain that then
-    falls short is reported. tokenizer: a tokenizer.model or tokenizer.json to count with; without one a token is four bytes. key: the
-    metadata entry. Left out are documents of domains that have too many (`over_represented`) or no share (`no_share`); repetitions have
-    `#2`, ... after their id.
+    Left out are documents of domains that have too many (`over_represented`) or no share (`no_share`); repetitions have `#2`, ... after
+    their id.
+
+    target: domain -> share; by default the paper's, general 0.50, reasoning 0.25, code 0.17, multilingual 0.08. tokens: of the mix; by
+    default as many as the scarcest domain allows. max_epochs: how often a document may be taken; a domain that then falls short is
+    reported. seed: another one chooses other documents. tokenizer: a tokenizer.model or tokenizer.json to count with; without one a token
+    is four bytes. key: the metadata entry.
     """
 
     def __init__(
@@ -92,17 +98,22 @@ class Mixture(GlobalBlock):
         key: str = "domain",
     ):
         self.target, self.tokens, self.max_epochs, self.seed = target or PAPER_MIX, tokens, max_epochs, seed
-        self.tokenizer, self.key = tokenizer, key
+        self.tokenizer, self.key = os.path.abspath(tokenizer) if tokenizer else None, key
+        if tokenizer:
+            load_tokenizer(tokenizer)  # a run that cannot end is not begun
         _shares(self.target)
 
     def collect(self, folder: str, partitions: int) -> PipelineStep:
         return CountTokens(folder, self.key, self.tokenizer)
 
     def search(self, folder: str, tasks: int) -> list[Search]:
-        return []
+        return [Search("plan", 1, PlanMixture(folder, self._plan(folder), self.target, self.tokens, self.max_epochs))]
 
     def apply(self, folder: str) -> PipelineStep:
-        return SampleMixture(folder, self.target, self.tokens, self.max_epochs, self.seed, self.key)
+        return SampleMixture(self._plan(folder), self.seed, self.key)
+
+    def _plan(self, folder: str) -> str:
+        return os.path.join(folder, "plan", "plan.json")
 
 
 class CountTokens(PipelineStep):
@@ -126,21 +137,45 @@ class CountTokens(PipelineStep):
         write_task_counts(self.folder, rank, world_size, dict(tokens))
 
 
+class PlanMixture(PipelineStep):
+    """How often to take each domain's documents, from the counts of all tasks; and what the report says of it."""
+
+    type = "STATS"
+    name = "mixture"
+
+    def __init__(self, folder: str, output: str, target: dict[str, float], tokens: int | None, max_epochs: float):
+        super().__init__()
+        self.folder, self.output, self.target, self.tokens, self.max_epochs = folder, output, target, tokens, max_epochs
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        tokens: Counter[str] = Counter()
+        for task in read_task_counts(self.folder):
+            tokens.update(task)
+        plans, shortages = plan_mixture(dict(tokens), self.target, self.tokens, self.max_epochs)
+        whole = max(1, sum(plan.given for plan in plans.values()))
+        notes = [
+            f"{name}: {plan.tokens:,} tokens, each document taken {plan.epochs:.3g} times, gives {plan.given / whole:.1%} of the mix"
+            for name, plan in plans.items()
+        ]
+        notes += [f"falls short: {line}" for line in shortages]
+        with whole_file(self.output) as file:
+            file.write(json.dumps({"epochs": {name: plan.epochs for name, plan in plans.items()}, "notes": notes}).encode())
+
+
 class SampleMixture(BaseFilter):
     """Second pass."""
 
     name = "mixture"
 
-    def __init__(self, folder: str, target: dict[str, float], tokens: int | None, max_epochs: float, seed: int, key: str):
+    def __init__(self, plan: str, seed: int, key: str):
         super().__init__()
-        self.folder, self.target, self.tokens = folder, target, tokens
-        self.max_epochs, self.seed, self.key = max_epochs, seed, key
-        self._plans: dict[str, DomainPlan] = {}
+        self.plan, self.seed, self.key = plan, seed, key
+        self.notes: list[str] = []
+        self._epochs: dict[str, float] = {}
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        self._plans, shortages = plan_mixture(self._counted(), self.target, self.tokens, self.max_epochs)
-        for line in shortages if rank == 0 else []:
-            logger.error(f"mixture falls short: {line}")
+        plan = json.loads(Path(self.plan).read_bytes())
+        self._epochs, self.notes = plan["epochs"], plan["notes"]
         for doc in super().run(data, rank, world_size):
             again = range(2, self._copies(doc) + 1)
             text, identity, metadata = doc.text, doc.id, dict(doc.metadata)
@@ -151,16 +186,10 @@ class SampleMixture(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         if self._copies(doc):
             return True
-        return False, "over_represented" if self.target.get(_domain(doc, self.key)) else "no_share"
+        return False, "over_represented" if self._epochs[_domain(doc, self.key)] else "no_share"
 
     def _copies(self, doc: Document) -> int:
-        return copies(doc.id, self._plans[_domain(doc, self.key)].epochs, self.seed)
-
-    def _counted(self) -> dict[str, int]:
-        tokens: Counter[str] = Counter()
-        for task in read_task_counts(self.folder):
-            tokens.update(task)
-        return dict(tokens)
+        return copies(doc.id, self._epochs[_domain(doc, self.key)], self.seed)
 
 
 def _domain(doc: Document, key: str) -> str:

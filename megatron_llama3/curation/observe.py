@@ -3,6 +3,7 @@
 A document that makes a block raise is broken: it is counted and sampled like a dropped one, and the block goes on with the next.
 """
 
+import math
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from megatron_llama3.curation.files import task_file, whole_file
 SAMPLES = 3
 _SAMPLE_CHARACTERS = 600
 _MAX_REASONS = 200
+_KINDS = ("language", "domain")
 _FATAL = (UserError, OSError, MemoryError, ImportError)  # about the run, not about a document
 
 
@@ -33,7 +35,12 @@ class Tally:
     characters_out: int = 0
     changed: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
-    samples: dict[str, list[list]] = field(default_factory=dict)  # reason (or "changed") -> [checksum, id, text before, text after]
+    samples: dict[str, list[list]] = field(default_factory=dict)  # reason, "changed", "kept" -> [checksum, id, text before, text after]
+    kinds: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # "language", "domain" -> value -> [documents, characters] out
+    score: str = ""  # the metadata entry by which the block judges
+    score_width: float = 0.0
+    scores: dict[str, list[int]] = field(default_factory=dict)  # floor(score / score_width) -> [kept, dropped]
+    notes: list[str] = field(default_factory=list)  # what the block has to say, the same in every task
 
     def enters(self, document: Document) -> None:
         self.documents_in += 1
@@ -43,9 +50,26 @@ class Tally:
         """before: the text that entered, where there was one."""
         self.documents_out += 1
         self.characters_out += len(document.text)
+        for kind in _KINDS:
+            if kind in document.metadata:
+                self._count_kind(kind, str(document.metadata[kind]), len(document.text))
         if before is not None and before != document.text:
             self.changed += 1
             self._sample("changed", document.id, before, document.text)
+        else:
+            self._sample("kept", document.id, document.text, "")
+
+    def _count_kind(self, kind: str, value: str, characters: int) -> None:
+        counts = self.kinds.setdefault(kind, {})
+        count = counts.setdefault(value if value in counts or len(counts) < _MAX_REASONS else "other", [0, 0])
+        count[0] += 1
+        count[1] += characters
+
+    def judged(self, document: Document, dropped: bool) -> None:
+        """Counts the score by which the block judged the document."""
+        value = document.metadata.get(self.score) if self.score else None
+        if isinstance(value, int | float) and math.isfinite(value):
+            self.scores.setdefault(str(math.floor(value / self.score_width)), [0, 0])[dropped] += 1
 
     def drops(self, identity: str, text: str, reason: str, entered: int = 1) -> None:
         """entered: 0 for what never was a document."""
@@ -69,6 +93,11 @@ class Tally:
         self.reasons = dict(Counter(self.reasons) + Counter(other.reasons))
         for reason, samples in other.samples.items():
             self.samples[reason] = sorted(self.samples.get(reason, []) + samples)[:SAMPLES]
+        self.score, self.score_width = other.score, other.score_width
+        for mine, others in ((self.scores, other.scores), *((self.kinds.setdefault(kind, {}), other.kinds[kind]) for kind in other.kinds)):
+            for name, counts in others.items():
+                mine[name] = [a + b for a, b in zip(mine.get(name, [0, 0]), counts)]
+        self.notes += [note for note in other.notes if note not in self.notes]
 
 
 def _excerpts(before: str, after: str) -> tuple[str, str]:
@@ -101,7 +130,8 @@ class Observed(PipelineStep):
 
     def __init__(self, name: str, block: PipelineStep):
         super().__init__()
-        self.name, self.block, self.tally = name, block, Tally(name)
+        score, width = getattr(block, "score", ("", 0.0))  # a block that has one names it: (metadata entry, width of a bar in the report)
+        self.name, self.block, self.tally = name, block, Tally(name, score=score, score_width=width)
         if isinstance(block, BaseFilter) and block.exclusion_writer is None:
             block.exclusion_writer = _Reasons()
 
@@ -115,6 +145,7 @@ class Observed(PipelineStep):
                     self._settle(document, inside)
                     yield document
                 self._drop_all(inside)
+                self.tally.notes = list(getattr(self.block, "notes", ()))
                 return
             except _FATAL:
                 raise
@@ -158,10 +189,12 @@ class Observed(PipelineStep):
             while (entered := inside.popleft())[0] is not document:
                 self._drop_all([entered])
             before = entered[1]
+            self.tally.judged(document, dropped=False)
         self.tally.leaves(document, before)
 
     def _drop_all(self, inside: Iterable[tuple[Document, str]]) -> None:
         for document, before in inside:
+            self.tally.judged(document, dropped=True)
             self.tally.drops(document.id, before, str(document.metadata.get("filter_reason", "dropped")))
 
     def _breaks(self, document: Document, before: str, error: Exception) -> None:

@@ -21,8 +21,9 @@ BLOCKS = {
     "extract": "megatron_llama3.curation.extract:ExtractHtml",
     "language": "megatron_llama3.curation.language:LanguageFilter",
     "blocked_domains": "megatron_llama3.curation.privacy:DomainBlockFilter",
-    "personal_data": "megatron_llama3.curation.privacy:RemovePersonalData",
-    "personal_domains": "megatron_llama3.curation.privacy:PersonalDomains",
+    "url_dedup": "megatron_llama3.curation.deduplicate:UrlDedup",
+    "minhash_dedup": "megatron_llama3.curation.minhash:MinhashDedup",
+    "line_dedup": "megatron_llama3.curation.deduplicate:LineDedup",
     "duplicate_ngrams": "megatron_llama3.curation.filters:DuplicateNgramFilter",
     "dirty_words": "megatron_llama3.curation.filters:DirtyWordFilter",
     "divergence": "megatron_llama3.curation.divergence:DivergenceFilter",
@@ -31,12 +32,11 @@ BLOCKS = {
     "c4_quality": "megatron_llama3.curation.filters:C4Quality",
     "fineweb_quality": "megatron_llama3.curation.filters:FineWebQuality",
     "quality": "megatron_llama3.curation.quality:QualityFilter",
+    "personal_data": "megatron_llama3.curation.privacy:RemovePersonalData",
+    "personal_domains": "megatron_llama3.curation.privacy:PersonalDomains",
+    "decontaminate": "megatron_llama3.curation.decontaminate:DecontaminationFilter",
     "domain": "megatron_llama3.curation.domains:DomainLabel",
     "mixture": "megatron_llama3.curation.mixture:Mixture",
-    "decontaminate": "megatron_llama3.curation.decontaminate:DecontaminationFilter",
-    "url_dedup": "megatron_llama3.curation.deduplicate:UrlDedup",
-    "minhash_dedup": "megatron_llama3.curation.minhash:MinhashDedup",
-    "line_dedup": "megatron_llama3.curation.deduplicate:LineDedup",
 }
 _COMPRESSIONS = ("zstd", "none")
 _GROUPS = ("input", "blocks", "output", "slurm", "ray")
@@ -52,6 +52,7 @@ class Pipeline:
     slurm: dict[str, Any] = field(default_factory=dict)
     ray: dict[str, Any] = field(default_factory=dict)
     work: dict[str, Any] = field(default_factory=dict)  # the groups that decide the documents, as read
+    files: list[list] = field(default_factory=list)  # [path, size, modification time] of the files that blocks read
 
 
 def load_pipeline(path: str) -> Pipeline:
@@ -73,6 +74,7 @@ def load_pipeline(path: str) -> Pipeline:
         slurm=groups["slurm"],
         ray=groups["ray"],
         work={group: document.get(group) for group in ("input", "blocks", "output")},
+        files=_named_files(document["blocks"]),
     )
 
 
@@ -128,9 +130,8 @@ def _block(path: str, number: int, entry: Any) -> tuple[str, PipelineStep | Glob
         raise UserError(f"{where}: unknown block '{name}'{nearest(str(name), BLOCKS) or '; there are ' + ', '.join(sorted(BLOCKS))}")
     where = f"{where}.{name}"
     arguments = _mapping(path, f"blocks[{number}].{name}", arguments)
-    module, _, class_name = BLOCKS[name].partition(":")
     try:
-        block_class = getattr(importlib.import_module(module), class_name)
+        block_class = block_class_of(name)
         _check_arguments(where, block_class, arguments)
         return name, block_class(**arguments)
     except ImportError as error:
@@ -143,12 +144,33 @@ def _block(path: str, number: int, entry: Any) -> tuple[str, PipelineStep | Glob
         raise error if str(error).startswith(path) else UserError(f"{where}: {error}") from None
 
 
+def _named_files(value: Any) -> list[list]:
+    """Models, lists and evaluation sets among the blocks' arguments: what a resumed run must find unchanged."""
+    if isinstance(value, dict | list):
+        return [file for part in (value.values() if isinstance(value, dict) else value) for file in _named_files(part)]
+    if not isinstance(value, str) or not os.path.isfile(value):
+        return []
+    status = os.stat(value)
+    return [[os.path.abspath(value), status.st_size, status.st_mtime_ns]]
+
+
 def _is_single(entry: Any) -> bool:
     return isinstance(entry, dict) and len(entry) == 1
 
 
+def block_class_of(name: str) -> type:
+    module, _, class_name = BLOCKS[name].partition(":")
+    return getattr(importlib.import_module(module), class_name)
+
+
+def block_parameters(block_class: type) -> dict[str, inspect.Parameter]:
+    """What the YAML may give a block: its class's arguments, without a writer of what it drops and what is fixed here."""
+    without = {"exclusion_writer", *getattr(block_class, "fixed_arguments", ())}
+    return {name: parameter for name, parameter in inspect.signature(block_class).parameters.items() if name not in without}
+
+
 def _check_arguments(where: str, block_class: type, arguments: dict[str, Any]) -> None:
-    parameters = inspect.signature(block_class).parameters
+    parameters = block_parameters(block_class)
     hints = typing.get_type_hints(block_class.__init__)
     for name, value in arguments.items():
         if name not in parameters:
@@ -180,7 +202,3 @@ def _fits(value: Any, hint: Any) -> bool:
 def _spelt(hint: Any) -> str:
     return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
 
-
-def absolute_sources(pipeline: Pipeline) -> list[list]:
-    """[path, size, modification time] of every input file: what a resumed run must find unchanged."""
-    return [[os.path.abspath(source.path), source.size, source.mtime_ns] for source in pipeline.input.sources()]

@@ -14,12 +14,18 @@ _WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{My
 _CHARACTER = rf"(?![{_WITHOUT_SPACES}])[\p{{L}}\p{{M}}\p{{N}}]"
 _WORD = regex.compile(rf"[{_WITHOUT_SPACES}]|(?:{_CHARACTER})+(?:['’](?:{_CHARACTER})+)*")
 _WORD_OR_SYMBOL = regex.compile(rf"{_WORD.pattern}|(?<!\S)[^\s\p{{L}}\p{{M}}\p{{N}}]+(?!\S)")
+_UNSPACED = regex.compile(rf"[{_WITHOUT_SPACES}]")
 _SENTENCE_END = regex.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
 def split_words(text: str) -> list[str]:
     """Lower-cased words, punctuation dropped."""
     return _WORD.findall(text.lower())
+
+
+def is_unspaced(word: str) -> bool:
+    """Whether it is one character of a script without spaces."""
+    return len(word) == 1 and word > "\u0e00" and _UNSPACED.match(word) is not None
 
 
 @lru_cache(maxsize=1 << 18)

@@ -5,8 +5,11 @@ ranges for IP addresses. Addresses set aside for examples (example.org, 192.0.2.
 """
 
 import ipaddress
+import json
+import os
 import re
 from collections import Counter
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import phonenumbers
@@ -15,6 +18,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
+from megatron_llama3.curation.files import whole_file
 from megatron_llama3.curation.lists import read_lists
 from megatron_llama3.curation.plain_words import split_words
 from megatron_llama3.curation.steps import GlobalBlock, Search
@@ -126,8 +130,10 @@ def _is_public_address(match: re.Match) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def host_of(url: str) -> str:
-    """The host in lower case, without port or `www.`; empty where the URL has none."""
+def host_of(url: object) -> str:
+    """The host in lower case, without port or `www.`; empty where there is none."""
+    if not isinstance(url, str):
+        return ""
     try:
         host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
     except ValueError:
@@ -149,14 +155,14 @@ class DomainBlockFilter(BaseFilter):
         self.domains = {entry.removeprefix("www.").rstrip(".") for entry in read_lists(lists, "lists")}
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        labels = host_of(doc.metadata.get(self.key) or "").split(".")
+        labels = host_of(doc.metadata.get(self.key)).split(".")
         if any(".".join(labels[start:]) in self.domains for start in range(len(labels))):
             return False, "blocked_domain"
         return True
 
 
 class PersonalDomains(GlobalBlock):
-    """Behind `RemovePersonalData`: drops all documents (`personal_domain`) of hosts on which much personal data was found.
+    """Behind `personal_data`: drops all documents (`personal_domain`) of hosts on which much personal data was found.
 
     Of hosts with at least `min_documents` documents, those with more than `max_per_thousand_words`. key: the metadata entry with the URL.
     """
@@ -168,10 +174,13 @@ class PersonalDomains(GlobalBlock):
         return CountPersonalData(folder, self.key)
 
     def search(self, folder: str, tasks: int) -> list[Search]:
-        return []
+        return [Search("hosts", 1, FindPersonalDomains(folder, self._listed(folder), self.max_per_thousand_words, self.min_documents))]
 
     def apply(self, folder: str) -> PipelineStep:
-        return DropPersonalDomains(folder, self.max_per_thousand_words, self.min_documents, self.key)
+        return DropPersonalDomains(self._listed(folder), self.key)
+
+    def _listed(self, folder: str) -> str:
+        return os.path.join(folder, "hosts", "personal.json")
 
 
 class CountPersonalData(PipelineStep):
@@ -187,11 +196,34 @@ class CountPersonalData(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         hosts: dict[str, list[int]] = {}
         for doc in data:
-            found = sum(doc.metadata.get("personal_data", {}).values())
-            _add(hosts, host_of(doc.metadata.get(self.key) or ""), (1, len(split_words(doc.text)), found))
+            found = doc.metadata.get("personal_data")
+            items = sum(found.values()) if isinstance(found, dict) else 0
+            _add(hosts, host_of(doc.metadata.get(self.key)), (1, len(split_words(doc.text)), items))
             yield doc
         hosts.pop("", None)
         write_task_counts(self.folder, rank, world_size, hosts)
+
+
+class FindPersonalDomains(PipelineStep):
+    """The hosts to drop, from the counts of all tasks."""
+
+    type = "STATS"
+    name = "domains with much personal data"
+
+    def __init__(self, folder: str, output: str, max_per_thousand_words: float, min_documents: int):
+        super().__init__()
+        self.folder, self.output = folder, output
+        self.max_per_thousand_words, self.min_documents = max_per_thousand_words, min_documents
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        totals: dict[str, list[int]] = {}
+        for task in read_task_counts(self.folder):
+            for host, counts in task.items():
+                _add(totals, host, counts)
+        enough = {host: counts for host, counts in totals.items() if counts[0] >= self.min_documents}
+        listed = [host for host, (_, words, found) in enough.items() if found * 1000 > self.max_per_thousand_words * words]
+        with whole_file(self.output) as file:
+            file.write(json.dumps(sorted(listed)).encode())
 
 
 class DropPersonalDomains(BaseFilter):
@@ -199,24 +231,15 @@ class DropPersonalDomains(BaseFilter):
 
     name = "domains with much personal data"
 
-    def __init__(self, folder: str, max_per_thousand_words: float, min_documents: int, key: str):
+    def __init__(self, listed: str, key: str):
         super().__init__()
-        self.folder, self.key = folder, key
-        self.max_per_thousand_words, self.min_documents = max_per_thousand_words, min_documents
+        self.listed, self.key = listed, key
         self._hosts: set[str] | None = None
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         if self._hosts is None:  # here, since the step is made before the first pass has run
-            self._hosts = self._dropped_hosts()
-        return (False, "personal_domain") if host_of(doc.metadata.get(self.key) or "") in self._hosts else True
-
-    def _dropped_hosts(self) -> set[str]:
-        totals: dict[str, list[int]] = {}
-        for task in read_task_counts(self.folder):
-            for host, counts in task.items():
-                _add(totals, host, counts)
-        enough = {host: counts for host, counts in totals.items() if counts[0] >= self.min_documents}
-        return {host for host, (_, words, found) in enough.items() if found * 1000 > self.max_per_thousand_words * words}
+            self._hosts = set(json.loads(Path(self.listed).read_bytes()))
+        return (False, "personal_domain") if host_of(doc.metadata.get(self.key)) in self._hosts else True
 
 
 def _add(totals: dict[str, list[int]], host: str, counts: tuple[int, ...] | list[int]) -> None:

@@ -5,6 +5,7 @@ elsewhere, and `score`.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,17 +23,20 @@ GOOD, BAD = "good", "bad"
 class QualityFilter(BaseFilter):
     """Drops documents (`low_quality`) whose probability of `label` is below `min_score`; leaves it in `quality_score`.
 
-    model: a file of tools/train_quality.py, linear or encoder; read in each task when its first document comes.
+    model: a file of tools/train_quality.py, linear or encoder; read at once to be checked, and again by each task. batch_size:
+    documents judged at a time.
     """
 
     name = "Quality"
+    score = ("quality_score", 0.05)
 
     def __init__(
         self, model: str, min_score: float = 0.5, label: str = GOOD, batch_size: int = 64, exclusion_writer: DiskWriter | None = None
     ):
         super().__init__(exclusion_writer, batch_size)
-        self.path, self.min_score, self.label = model, min_score, label
-        self._model, self._column = None, 0
+        self.path, self.min_score = os.path.abspath(model), min_score
+        self._column = column_of(load_classifier(model), label, model)
+        self._model = None
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         return self.filter_batch([doc])[0]
@@ -40,7 +44,6 @@ class QualityFilter(BaseFilter):
     def filter_batch(self, batch: list[Document]) -> list[bool | tuple[bool, str]]:
         if self._model is None:
             self._model = load_classifier(self.path)
-            self._column = column_of(self._model, self.label, self.path)
         scores = self._model.probabilities([doc.text for doc in batch])[:, self._column]
         for doc, score in zip(batch, scores):
             doc.metadata["quality_score"] = round(float(score), 4)

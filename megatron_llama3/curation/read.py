@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 from datatrove.data import Document, DocumentsPipeline
@@ -18,11 +19,12 @@ from megatron_llama3.data.preprocess_inputs import Source, decompression_errors,
 from megatron_llama3.data.preprocess_lines import BadRecordError, BlankLineError, LongLine, check_record, line_blocks, parse_json
 
 MAX_RECORD_BYTES = 256 << 20
+_FORMATS = ("jsonl", "files", "warc")
 
 
 @dataclass(frozen=True)
 class Input:
-    """The YAML's `input`. path: files, folders or globs. format: `jsonl`, or `files`, each of which is one document."""
+    """The YAML's `input`. path: files, folders or globs. format: `jsonl`; `files`, each of which is one document; or `warc`."""
 
     path: tuple[str, ...]
     format: str = "jsonl"
@@ -31,11 +33,11 @@ class Input:
 
     def sources(self) -> list[Source]:
         """In the order given. Raises UserError for a path that is not there."""
-        if self.format not in ("jsonl", "files"):
-            raise UserError(f"input.format is {self.format!r}: choose from jsonl, files")
+        if self.format not in _FORMATS:
+            raise UserError(f"input.format is {self.format!r}: choose from {', '.join(_FORMATS)}")
         expanded = expand_inputs([os.path.abspath(path) for path in self.path], "auto" if self.format == "jsonl" else "text")
         if wrong := [source.path for source in expanded if self.format == "jsonl" and source.kind != "jsonl"]:
-            raise UserError(f"input.path: {wrong[0]} is not .jsonl, .json or .ndjson (also .gz, .zst); 'format: files' takes any")
+            raise UserError(f"input.path: {wrong[0]} is not .jsonl, .json or .ndjson (also .gz, .zst); or 'format: files', 'warc'")
         return expanded
 
 
@@ -73,11 +75,19 @@ class ReadInput(PipelineStep):
                 if self.spec.format == "files":
                     yield 0, self._file(source, stream.read(MAX_RECORD_BYTES + 1))
                     return
+                if self.spec.format == "warc":
+                    for byte, found in warc_pages(stream):
+                        if isinstance(found, Document):
+                            found.metadata["file_path"] = source.path
+                        yield byte, found
+                    return
                 for begin, block in line_blocks(stream, start, end):
                     for byte, line in _lines(begin, block):
                         if (found := self._line(source, byte, line)) is not None:
                             yield byte, found
-        except decompression_errors() as error:
+        except (*decompression_errors(), OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is in the file
+                raise
             yield byte, f"damaged file, its rest is lost: {error}"
 
     def _file(self, source: Source, content: bytes) -> Document | str:
@@ -110,6 +120,33 @@ class ReadInput(PipelineStep):
         metadata = metadata if isinstance(metadata, dict) else {"metadata": metadata} if metadata is not None else {}
         identity = f"{Path(source.path).name}:{byte}" if identity is None else str(identity)
         return Document(text, identity, metadata={**metadata, **record, "file_path": source.path})
+
+
+def warc_pages(stream: BinaryIO) -> Iterator[tuple[int, Document | str]]:
+    """(byte, the page or why it is none) of each response in a WARC file: `url`, `date` and `content_type` become metadata.
+
+    Text is decoded as the server says, else as the page says, else as it looks.
+    """
+    from fastwarc.warc import ArchiveIterator, WarcRecordType
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    for record in ArchiveIterator(stream, record_types=WarcRecordType.response, parse_http=True):
+        status = record.http_headers.status_code if record.http_headers else None
+        kind = record.http_content_type or ""
+        expected = record.content_length
+        content = record.reader.read(MAX_RECORD_BYTES + 1)
+        if status is not None and status != 200:
+            yield record.stream_pos, f"HTTP status {status}"
+        elif not kind.startswith("text/") and "html" not in kind:
+            yield record.stream_pos, f"not text but {kind or 'of no type'}"
+        elif len(content) > MAX_RECORD_BYTES:
+            yield record.stream_pos, f"longer than {MAX_RECORD_BYTES >> 20} MiB"
+        elif len(content) < expected:
+            yield record.stream_pos, "cut off"
+        else:
+            text = bytes_to_str(content, record.http_charset or detect_encoding(content, from_html_meta=True))
+            metadata = {"url": record.headers.get("WARC-Target-URI"), "date": record.headers.get("WARC-Date"), "content_type": kind}
+            yield record.stream_pos, Document(text, record.record_id, metadata=metadata) if text.strip() else "empty text"
 
 
 def shares(sources: list[Source], rank: int, ranks: int, kind: str) -> Iterator[tuple[Source, int, int]]:

@@ -23,18 +23,20 @@ class RecordWriter:
         self.path = task_file(folder, rank, "records")
         self.partitions, self.dtype = partitions, dtype
         self._held: list[np.ndarray] = []
+        self._records_held = 0
         self._runs: list[tuple[tempfile._TemporaryFileWrapper, np.ndarray]] = []  # a run, and where its partitions begin, in records
         os.makedirs(folder, exist_ok=True)
 
     def append(self, records: np.ndarray) -> None:
         """records: [n] of `dtype`, which has a field `key` of uint64."""
         self._held.append(records)
-        if sum(map(len, self._held)) >= _SPILL_RECORDS:
+        self._records_held += len(records)
+        if self._records_held >= _SPILL_RECORDS:
             self._spill()
 
     def _spill(self) -> None:
         records = np.concatenate(self._held) if self._held else np.empty(0, self.dtype)
-        self._held = []
+        self._held, self._records_held = [], 0
         partition = records["key"] % np.uint64(self.partitions)
         order = np.argsort(partition, kind="stable")
         run = tempfile.TemporaryFile(dir=os.path.dirname(self.path))  # noqa: SIM115

@@ -20,11 +20,14 @@ def judge(step: BaseFilter, text: str, **metadata) -> tuple[str | None, Document
 
 
 def both_passes(block: GlobalBlock, documents: list[Document], folder: str, tasks: int = 2) -> tuple[list[Document], dict[str, str]]:
-    """What a block with two passes keeps, and id -> reason of what it drops, with the documents dealt to tasks."""
+    """What a block that sees the whole corpus keeps, and id -> reason of what it drops, with the documents dealt to tasks."""
     shares = [documents[rank::tasks] for rank in range(tasks)]
     for rank, share in enumerate(shares):
         for _ in block.collect(folder, tasks).run(iter(share), rank, tasks):
             pass
+    for search in block.search(folder, tasks):
+        for rank in range(search.tasks):
+            search.step.run(None, rank, search.tasks)
     step, kept, reasons = block.apply(folder), [], {}
     writer = _Writer(reasons)
     step.exclusion_writer = writer

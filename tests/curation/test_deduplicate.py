@@ -39,6 +39,12 @@ def test_frequent_lines_go_and_others_stay(tmp_path):
     assert [document.text for document in kept] == [f"{prose(seed)}\n\n}}" + (f"\n{rare}" if seed == 0 else "") for seed in range(7)]
 
 
+def test_no_heap_of_empty_lines_is_left(tmp_path):
+    texts = [f"sign in\n\nregister\n\n{prose(seed)}\n\nsign in\n\n\nEnd {'abc'[seed]}\nregister\n" for seed in range(3)]
+    kept = through(LineDedup(times=2), documents(texts), tmp_path)
+    assert [document.text for document in kept] == [f"{prose(seed)}\n\nEnd {'abc'[seed]}" for seed in range(3)]
+
+
 def test_six_times_is_not_more_than_six(tmp_path):
     texts = [f"{prose(seed)}\nall rights reserved" for seed in range(6)]
     assert [document.text for document in through(LineDedup(), documents(texts), tmp_path)] == texts
@@ -58,7 +64,7 @@ def test_a_document_without_a_line_left_goes_with_a_reason(tmp_path):
     step.exclusion_writer = _Collects(reasons)
     given = documents(["sign in\nregister"] * 2)
     assert list(step.run(iter(given), 0, 2)) == []
-    assert reasons == ["no line left"] * 2
+    assert reasons == ["no_line_left"] * 2
 
 
 class _Collects:
@@ -80,6 +86,16 @@ def test_lines_within_a_language_only(tmp_path):
     given = documents(texts, language=["de", "de", "fr", "de"])
     kept = through(LineDedup(times=2, within="language"), given, tmp_path)
     assert ["OK" in document.text for document in kept] == [False, False, True, False]
+
+
+def test_programs_are_spared_and_do_not_count(tmp_path):
+    texts = [f"{prose(seed)}\n#include <stdio.h>" for seed in range(10)]
+    given = documents(texts, domain=["code"] * 6 + ["general"] * 4)
+    kept = through(LineDedup(times=3, spare={"domain": ["code", "reasoning"]}), given, tmp_path / "a")
+    assert ["stdio" in document.text for document in kept] == [True] * 6 + [False] * 4
+    given = documents(texts, domain=["code"] * 6 + ["general"] * 4)
+    kept = through(LineDedup(times=4, spare={"domain": ["code"]}), given, tmp_path / "b")
+    assert all("stdio" in document.text for document in kept)
 
 
 def test_bad_arguments():

@@ -1,15 +1,14 @@
 """Divergence from the corpus: strange words go, however few they are in the corpus; length alone drops nothing."""
 
-from collections import Counter
 from random import Random
 
 import numpy as np
 import pytest
 
-from megatron_llama3.config.errors import UserError
-from megatron_llama3.curation.divergence import CountWords, DivergenceFilter, DropDivergent, WordDistribution, read_corpora
+from megatron_llama3.curation.divergence import DivergenceFilter, WordDistribution
+from megatron_llama3.curation.plain_words import split_words
 from tests.curation import planted
-from tests.curation.steps import both_passes, document, judge
+from tests.curation.steps import both_passes, document
 
 
 def test_gibberish_and_other_languages_go_and_the_corpus_stays(tmp_path):
@@ -31,26 +30,33 @@ def test_each_language_is_a_corpus(tmp_path):
 
 
 def test_expected_divergence_is_that_of_random_texts():
-    counts = Counter({f"w{i}": 1 + 1000 // (i + 1) for i in range(2000)})
+    counts = 1 + 1000 // np.arange(1, 2001)
     corpus = WordDistribution(counts)
     rng = np.random.default_rng(1)
-    names, shares = list(counts), np.array(list(counts.values())) / counts.total()
     for words in (30, 100, 700):
-        excesses = [corpus.excess([names[i] for i in rng.choice(len(names), words, p=shares)]) for _ in range(200)]
+        excesses = [corpus.excess(rng.choice(2000, words, p=counts / counts.sum())) for _ in range(200)]
         assert abs(np.mean(excesses)) < 0.1, words
 
 
 def test_divergence_by_hand():
     """Half a, half b in the corpus, all a in the text: log 2, less what a text of this length shows anyway."""
-    corpus = WordDistribution(Counter(a=5, b=5))
-    assert corpus.excess(["a"] * 64) + corpus.expected(64) == pytest.approx(np.log(2))
+    corpus = WordDistribution(np.array([5, 0, 5]))
+    assert corpus.excess(np.zeros(64, int)) + corpus.expected(64) == pytest.approx(np.log(2))
+    assert corpus.excess(np.ones(64, int)) + corpus.expected(64) == pytest.approx(np.log(20)), "a word that the corpus lacks is half a word"
 
 
-def test_short_texts_are_not_judged_and_missing_counts_are_an_error(tmp_path):
-    list(CountWords(str(tmp_path)).run(iter([document("a b c")]), 0, 2))
-    with pytest.raises(UserError, match="has the counts of 1 of 2 tasks"):
-        read_corpora(str(tmp_path))
-    list(CountWords(str(tmp_path)).run(iter([]), 1, 2))
-    step = DropDivergent(str(tmp_path), max_excess=-100.0, min_words=4)
-    assert judge(step, "x y z")[0] is None
-    assert judge(step, "x y z q")[0] == "divergent_words"
+def test_any_number_of_tasks_counts_the_same(tmp_path):
+    texts = [planted.prose(Random(seed), 3) for seed in range(9)]
+    sums = []
+    for tasks in (1, 4):
+        folder = str(tmp_path / str(tasks))
+        both_passes(DivergenceFilter(), [document(text) for text in texts], folder, tasks)
+        sums.append(np.load(tmp_path / str(tasks) / "corpus" / "00000.npz")["table"])
+    assert (sums[0] == sums[1]).all()
+    assert sums[0].sum() == sum(len(split_words(text)) for text in texts)
+
+
+def test_short_texts_are_not_judged(tmp_path):
+    block = DivergenceFilter(max_excess=-100.0, min_words=4)
+    kept, reasons = both_passes(block, [document("x y z", "short"), document("x y z q", "long")], str(tmp_path))
+    assert ([doc.id for doc in kept], reasons) == (["short"], {"long": "divergent_words"})

@@ -1,6 +1,5 @@
 """Whole runs: the same documents under any number of tasks, any executor and any number of kills."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.curation.execute import _wait_for_jobs
 from tests.curation.runs import killed_at, prose, run, write_jsonl, write_pipeline, written
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def test_what_goes_and_what_stays(pipeline, tmp_path):
     assert [row.name for row in rows] == ["input", "url_dedup", "minhash_dedup", "line_dedup"]
     assert [(row.documents_in, row.documents_out) for row in rows] == [(30, 28), (28, 27), (27, 26), (26, 25)]
     assert rows[0].reasons == {"broken JSON": 1, "not a JSON object but int": 1}
-    assert rows[3].reasons == {"no line left": 1}
+    assert rows[3].reasons == {"no_line_left": 1}
     assert rows[3].changed == 25
     texts = [document["text"] for document in documents]
     assert texts == [prose(8).upper() if seed == 3 else prose(seed - (seed > 3)) for seed in range(26) if seed != 9]
@@ -85,6 +85,18 @@ def test_a_folder_of_other_work_is_refused(pipeline, tmp_path):
         run(pipeline, tmp_path / "out")
 
 
+def test_a_list_that_changed_since_is_refused(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [{"text": prose(1)}])
+    (tmp_path / "words.txt").write_text("snorfle\n")
+    block = f"blocks: [dirty_words: {{words: [{tmp_path / 'words.txt'}]}}]\n"
+    pipeline = write_pipeline(tmp_path, f"input: {{path: {tmp_path / 'in.jsonl'}}}\n{block}")
+    run(pipeline, tmp_path / "out")
+    assert len(run(pipeline, tmp_path / "out")) == 2
+    (tmp_path / "words.txt").write_text("blargish\n")
+    with pytest.raises(UserError, match="a file that a block reads has changed"):
+        run(pipeline, tmp_path / "out")
+
+
 def test_a_foreign_folder_is_refused(pipeline, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
@@ -108,19 +120,39 @@ def test_a_failed_task_is_one_line_and_can_go_on(pipeline, expected, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (pip install ray)")
 def test_ray_gives_the_same_documents(pipeline, expected, tmp_path):
-    run(pipeline, tmp_path / "out", "ray", tasks=3, workers=2)
+    pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+    run(pipeline, tmp_path / "out", "ray", tasks=2, workers=2)
+    assert written(tmp_path / "out") == expected
+
+
+@pytest.fixture
+def on_slurm(slurm, monkeypatch):
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    return slurm
+
+
+@pytest.mark.slow
+def test_slurm_gives_the_same_documents(on_slurm, pipeline, expected, tmp_path):
+    run(pipeline, tmp_path / "out", "slurm", tasks=3, workers=2)
     assert written(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="no Slurm here: bash scripts/slurm_local.sh up, then source its env.sh")
-def test_slurm_gives_the_same_documents(pipeline, expected, tmp_path):
-    if subprocess.run(["squeue"], capture_output=True).returncode:
-        pytest.skip("no Slurm answers: bash scripts/slurm_local.sh up, then source its env.sh")
-    run(pipeline, tmp_path / "out", "slurm", tasks=3, workers=2)
-    assert written(tmp_path / "out") == expected
+def test_what_slurm_refuses_is_one_line(on_slurm, pipeline, tmp_path):
+    text = Path(pipeline).read_text().replace("partition: local", "partition: none")
+    with pytest.raises(UserError, match=r"stage input: sbatch refused it \(1\)"):
+        run(write_pipeline(tmp_path, text), tmp_path / "out", "slurm")
+
+
+@pytest.mark.slow
+def test_an_array_is_waited_for_to_its_last_task(on_slurm, tmp_path):
+    """Slurm gives the array's own number to the task that it starts last, which may be the first to end."""
+    (tmp_path / "job.sh").write_text("#!/bin/bash\nsleep $((6 * (1 - SLURM_ARRAY_TASK_ID)))\n")
+    job = on_slurm.submit("--array=0-1", "--output=/dev/null", str(tmp_path / "job.sh"))
+    _wait_for_jobs([job], "submitted", lambda line: None)
+    assert on_slurm.states(job) == ["COMPLETED", "COMPLETED"]
 
 
 @pytest.mark.slow
@@ -133,6 +165,6 @@ def test_the_command(pipeline, expected, tmp_path):
     assert done.stderr.splitlines() == [f"2 records of the input are no documents: see {tmp_path / 'out'}/rejected"]
     assert "line_dedup" in done.stdout
     assert written(tmp_path / "out") == expected
-    assert "no line left" in (tmp_path / "report.html").read_text()
+    assert "no_line_left" in (tmp_path / "report.html").read_text()
     done = subprocess.run([*command, "--tasks", "0"], capture_output=True, text=True, env=environment, timeout=300)
     assert (done.returncode, done.stderr) == (2, "error: --tasks 0: must be at least 1\n")

@@ -86,6 +86,8 @@ def test_code_whose_lines_are_elements():
             r"$$\begin{matrix} 1 & 2 \\ 3 & 4 \end{matrix}$$",
         ),
         ("<math><semantics><mi>q</mi><annotation encoding='application/x-tex'>\\hat{q}_1</annotation></semantics></math>", r"$\hat{q}_1$"),
+        ("<math><mover accent='true'><mi>x</mi><mo>¯</mo></mover><mover><mi>y</mi><mi>n</mi></mover></math>", r"$\bar{x} y^{n}$"),
+        ("<math><mi>f</mi><mfenced><mi>x</mi><mi>y</mi></mfenced><mtext>if</mtext></math>", r"$f (x, y) \text{if}$"),
         ("<script type='math/tex; mode=display'>x^2 + y_1^2</script>", "$$x^2 + y_1^2$$"),
         ("<span class='MathJax_Preview'>x2</span><script type='math/tex'>x^2</script>", "$x^2$"),
         ("<img class='math' src='m.png' alt='2^{walign}'>", "$2^{walign}$"),
@@ -105,6 +107,12 @@ def test_code_whose_lines_are_elements():
 )
 def test_formulas_become_tex_once(markup, tex):
     assert html_to_text(f"<article><p>Here {markup} it is.</p></article>").split() == ["Here", *tex.split(), "it", "is."]
+
+
+def test_a_tables_row_is_a_line():
+    row = "<tr><td><p>{}</p></td><td>{}</td><td><p>{} <b>is</b></p></td></tr>"
+    text = html_to_text(f"<article><p>Sizes.</p><table>{row.format(1, 2, 'three')}{row.format(4, 5, 'six')}</table></article>")
+    assert [line.split() for line in text.split("\n") if line] == [["Sizes."], ["1", "2", "three", "is"], ["4", "5", "six", "is"]]
 
 
 def test_alt_texts_of_pictures_stay_and_those_of_logos_go():

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.curation.filters import (
+    NGRAM_LIMITS,
     C4Quality,
     DirtyWordFilter,
     DuplicateNgramFilter,
@@ -47,6 +48,16 @@ def test_repetitive_documents_go_and_prose_stays():
     for text in [PROSE, "", "Short.", *planted.RIGHTS.values()]:
         reason, doc = judge(step, text)
         assert (reason, doc.text) == (None, text)
+
+
+def test_words_of_several_characters_are_no_repetition_but_sentences_are():
+    """ネットワーク is six words to a counter of characters; it may come back as often as network does."""
+    nouns = ["ネットワーク", "インターフェース", "サーバ", "パケット", "ゲートウェイ", "ルータ", "アドレス", "ファイアウォール"]
+    rng = Random(0)
+    text = "。".join(rng.choice(nouns) + "".join(chr(0x4E00 + rng.randint(0, 9000)) for _ in range(4)) for _ in range(60))
+    assert duplicate_coverage(split_words(text), [5])[5] > dict(NGRAM_LIMITS)[5]
+    assert judge(DuplicateNgramFilter(), text)[0] is None
+    assert judge(DuplicateNgramFilter(), text[:200] * 3)[0] == "duplicate_ngrams"
 
 
 def test_lines_of_a_log_go_from_a_document_that_is_mostly_prose():

@@ -36,7 +36,7 @@ def test_near_duplicates_go_and_the_rest_stays(planted, tmp_path, tasks):
 def test_the_reason_is_written(planted, tmp_path):
     block, given_documents = MinhashDedup(), documents(planted[0])
     through(block, given_documents, tmp_path, 1)
-    assert block.apply(str(tmp_path)).reason == "near-duplicate of an earlier document"
+    assert block.apply(str(tmp_path)).reason == "near_duplicate"
 
 
 def test_the_threshold_is_meant(tmp_path):

@@ -11,7 +11,8 @@ import pytest
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.curation.domains import DomainLabel
 from megatron_llama3.curation.linear_classifier import LinearClassifier
-from megatron_llama3.curation.mixture import PAPER_MIX, CountTokens, Mixture, SampleMixture, copies, plan_mixture
+from megatron_llama3.curation.mixture import PAPER_MIX, Mixture, copies, plan_mixture
+from megatron_llama3.curation.observe import Observed
 from tests.curation import planted
 from tests.curation.steps import both_passes, document
 
@@ -101,17 +102,18 @@ def test_order_and_tasks_do_not_change_the_choice(tmp_path):
     assert sorted(doc.id for doc in whole) == sorted(doc.id for doc in parts) != sorted(doc.id for doc in other)
 
 
-def test_a_shortage_is_logged(tmp_path):
-    from loguru import logger
-
-    lines: list[str] = []
-    handler = logger.add(lines.append, level="ERROR", format="{message}")
-    list(CountTokens(str(tmp_path), "domain", None).run(iter([document("word " * 40, domain="a"), document("word", domain="b")])))
-    try:
-        list(SampleMixture(str(tmp_path), {"a": 1, "b": 1}, 100, 2, 0, "domain").run(iter([])))
-    finally:
-        logger.remove(handler)
-    assert lines == ["mixture falls short: b: 1 tokens at 2 epochs give 2 of the 50 wanted\n"]
+def test_the_plan_and_a_shortage_are_noted_for_the_report(tmp_path):
+    block = Mixture({"a": 1, "b": 1}, tokens=100, max_epochs=2)
+    list(block.collect(str(tmp_path), 1).run(iter([document("word " * 40, domain="a"), document("word", domain="b")])))
+    for search in block.search(str(tmp_path), 1):
+        search.step.run()
+    observed = Observed("mixture", block.apply(str(tmp_path)))
+    list(observed.run(iter([])))
+    assert observed.tally.notes == [
+        "a: 50 tokens, each document taken 1 times, gives 96.2% of the mix",
+        "b: 1 tokens, each document taken 2 times, gives 3.8% of the mix",
+        "falls short: b: 1 tokens at 2 epochs give 2 of the 50 wanted",
+    ]
 
 
 def test_labels_come_from_the_classifier_and_other_languages_from_theirs(tmp_path):

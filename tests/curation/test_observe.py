@@ -42,6 +42,29 @@ class Swallows(PipelineStep):
                 yield document
 
 
+class Judges(BaseFilter):
+    """Keeps from a score of 0.5 on; the text is the score, or none."""
+
+    name, score, notes = "judges", ("sureness", 0.25), ("as told",)
+
+    def filter(self, doc):
+        if doc.text != "none":
+            doc.metadata["sureness"] = float(doc.text)
+        return doc.metadata.get("sureness", 1.0) >= 0.5 or (False, "unsure")
+
+
+def test_scores_languages_and_notes_add_up_over_tasks(tmp_path):
+    texts, languages = ["0.1", "0.2", "0.5", "0.9", "0.8", "none", "nan"], ["de", "en", "en", "de", "en", "en", "de"]
+    for rank, share in enumerate(np.array_split(np.array(documents(texts, language=languages)), 2)):
+        step = Observed("judges", Judges())
+        WriteTallies(str(tmp_path), [step]).run(step.run(iter(share)), rank, 2)
+    total = read_tallies(str(tmp_path), 2)[0]
+    assert (total.score, total.score_width, total.notes) == ("sureness", 0.25, ["as told"])
+    assert total.scores == {"0": [0, 2], "2": [1, 0], "3": [2, 0]}
+    assert total.kinds == {"language": {"en": [3, 10], "de": [1, 3]}}
+    assert total.reasons == {"unsure": 3}
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_kept_changed_dropped_and_broken(batch_size):
     step = Observed("short", Short(batch_size=batch_size))

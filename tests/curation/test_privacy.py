@@ -68,7 +68,7 @@ def test_blocked_domains(tmp_path):
     step = DomainBlockFilter(str(tmp_path / "list.txt"))
     for url in ["http://bad.example/a", "https://www.bad.example:8080", "https://cdn.BAD.example/x?y", "worse.example.org/z"]:
         assert judge(step, "text", url=url)[0] == "blocked_domain", url
-    for url in ["http://notbad.example/", "http://bad.example.com/", "http://example.org/bad.example", "", None, "http://[broken"]:
+    for url in ["http://notbad.example/", "http://bad.example.com/", "http://example.org/bad.example", "", None, 7, ["http://bad.example"], "http://[broken"]:
         assert judge(step, "text", url=url)[0] is None, url
     assert judge(step, "text")[0] is None
     with pytest.raises(UserError, match="cannot be read"):
@@ -85,5 +85,8 @@ def test_domains_with_much_personal_data_go_as_a_whole(tmp_path):
     ]
     documents += [document("text", f"small {i}", url="http://small.org/", personal_data={"email": 9}) for i in range(2)]
     documents += [document("text", f"none {i}", personal_data={"email": 9}) for i in range(8)]
+    long = planted.prose(rng, 40)  # some 500 words: one address is little
+    documents += [document(long, f"busy {i}", url="http://busy.org/", personal_data={"email": 2}) for i in range(8)]
+    documents += [document("text", "odd", url=7, personal_data=["x"])]  # an input may have entries of these names
     _, reasons = both_passes(PersonalDomains(), documents, str(tmp_path))
     assert reasons == {f"people {i}": "personal_domain" for i in range(8)}

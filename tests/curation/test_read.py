@@ -96,11 +96,49 @@ def test_files_as_documents(tmp_path):
         assert len(rejected) == 2
 
 
+def warc_record(url: str, body: bytes, kind: str = "text/html; charset=utf-8", status: str = "200 OK", record: str = "response") -> bytes:
+    content = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    head = f"WARC/1.0\r\nWARC-Type: {record}\r\nWARC-Record-ID: <urn:x:{url}>\r\nWARC-Date: 2024-01-02T03:04:05Z\r\n"
+    head += f"WARC-Target-URI: {url}\r\nContent-Type: application/http; msgtype=response\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content + b"\r\n\r\n"
+
+
+def test_a_crawls_warc_files(tmp_path):
+    records = [
+        warc_record("http://a.org/1", "<p>naïve".encode()),
+        warc_record("http://a.org/2", "<meta charset=iso-8859-1><p>café".encode("latin-1"), "text/html"),
+        warc_record("http://a.org/3", b"\x89PNG", "image/png"),
+        warc_record("http://a.org/4", b"gone", status="404 Not Found"),
+        warc_record("http://a.org/5", b"question", record="request"),
+        warc_record("http://a.org/6", b" \n"),
+    ]
+    folder = tmp_path / "crawl"
+    folder.mkdir()
+    (folder / "a.warc.gz").write_bytes(b"".join(map(gzip.compress, records)))
+    (folder / "b.warc").write_bytes(records[0] + records[1][:-20])
+    (folder / "c.warc").write_bytes(b"no archive " * 100)
+    (folder / "d.warc.gz").write_bytes(gzip.compress(records[0])[:-20])
+    for tasks in (1, 3):
+        found, rejected, reasons = read(Input((str(folder),), format="warc"), tmp_path / str(tasks), tasks)
+        assert [document.text for document in found] == ["<p>naïve", "<meta charset=iso-8859-1><p>café", "<p>naïve"]
+        assert reasons == {
+            "not text but image/png": 1,
+            "HTTP status 404": 1,
+            "empty text": 1,
+            "cut off": 1,
+            "damaged file, its rest is lost": 2,
+        }
+        assert len(rejected) == 6
+    page = found[0]
+    assert (page.id, page.metadata["url"], page.metadata["date"]) == ("<urn:x:http://a.org/1>", "http://a.org/1", "2024-01-02T03:04:05Z")
+    assert page.metadata["file_path"] == str(folder / "a.warc.gz")
+
+
 def test_what_is_not_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match="nothing there"):
         Input((str(tmp_path / "none"),)).sources()
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="format: files"):
         Input((str(tmp_path / "a.txt"),)).sources()
-    with pytest.raises(UserError, match=r"input\.format is 'warc'"):
-        Input((str(tmp_path),), format="warc").sources()
+    with pytest.raises(UserError, match=r"input\.format is 'arc': choose from jsonl, files, warc"):
+        Input((str(tmp_path),), format="arc").sources()

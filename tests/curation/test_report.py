@@ -10,18 +10,22 @@ VOID = {"meta"}
 
 def rows() -> list[Tally]:
     first = Tally("input", 5, 50, 4, 40, reasons={"broken JSON": 1}, samples={"broken JSON": [[1, "a:0", "broken JSON: x", ""]]})
-    samples = {"no line left": [[1, "b", "<script>", ""]], "changed": [[2, "c", "x", "y"]]}
-    block = Tally("line_dedup", 4, 40, 3, 20, 2, {"no line left": 1}, samples)
+    samples = {"<b>low": [[1, "b", "<script>", ""]], "changed": [[2, "c", "<i>x", "<u>y"]], "kept": [[3, "d", "stays </pre>", ""]]}
+    first.kinds = {"language": {"en": [3, 30], "<de>": [1, 10]}}
+    block = Tally("quality", 4, 40, 3, 20, 2, {"<b>low": 1}, samples, {"language": {"en": [3, 20]}})
+    block.score, block.score_width, block.scores = "quality_score", 0.05, {"2": [0, 1], "19": [3, 0]}
+    block.notes = ["1 < 2"]
     return [first, block]
 
 
 class Balanced(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.open, self.text, self.tags = [], [], set()
+        self.open, self.text, self.tags, self.titles = [], [], set(), set()
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
+        self.titles |= {value for name, value in attributes if name == "title"}
         assert not {"src", "href"} & {name for name, value in attributes if not (value or "").startswith("#")}
         if tag not in VOID:
             self.open.append(tag)
@@ -35,17 +39,23 @@ class Balanced(HTMLParser):
 
 def test_the_page_is_whole_and_stands_alone():
     page = Balanced()
-    page.feed(report_html(rows(), "Curation: <web>.yaml"))
+    page.feed(report_html(rows(), "Curation: <web>.yaml", "a: <b>"))
     assert page.open == []
     assert "script" not in page.tags
     text = " ".join(page.text)
-    for part in ("Curation: <web>.yaml", "<script>", "broken JSON: 1", "no line left: 1", "changed: 2", "5 records in, 3 documents"):
+    for part in ("Curation: <web>.yaml", "a: <b>", "5 records in; 3 documents", "60.0% of the documents, 40.0% of the characters"):
         assert part in text
+    for part in ("<i>x", "<u>y", "<script>", "stays </pre>", "dropped: <b>low", "broken JSON", "changed", "kept as it was", "1 < 2"):
+        assert part in page.text, part
+    assert {"0.1 to 0.15: 0 kept, 1 dropped", "0.95 to 1: 3 kept, 0 dropped"} <= page.titles
+    assert "75.0%" in page.text, "of the characters after the input are English"
+    assert "<de>" in page.text
 
 
 def test_the_lines_have_the_numbers():
-    first, second = report_text(rows()).splitlines()
+    first, second, note = report_text(rows()).splitlines()
     assert "4 of" in first
     assert "dropped: broken JSON 1" in first
     assert "( 75.0%)" in second
     assert "changed 2" in second
+    assert note.strip() == "1 < 2"

@@ -3,10 +3,7 @@ installed, and not even there if REQUIRE_SLURM is set, as .ci/run does."""
 
 import json
 import os
-import re
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,71 +14,19 @@ import pytest
 
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
 from megatron_llama3.data.preprocess import preprocess
+from tests.slurm_cluster import PATIENCE
 from tests.tools.preprocess_helpers import documents, options, output_bytes, vocabulary_folder, write_jsonl
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-LOCAL = ROOT / "scripts" / "slurm_local.sh"
-CANNOT_BE_INSTALLED = 77
 VOCABULARY = 1024  # entries of preprocess_helpers.vocabulary_folder
 STEPS = 40
-PATIENCE = 400  # seconds; a start takes 20 on two idle cores
 RUN = [
     *["examples/pretrain_llama3_8b.sh", "--model-name", "tiny", "--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64"],
     *["--num-attention-heads", "4", "--num-query-groups", "2", "--vocab-size", str(VOCABULARY), "--no-compile-blocks", "--no-bf16"],
     *["--step-batch-size-schedule", "0:4", "--seq-length-schedule", "0:16", "--train-iters", str(STEPS), "--save-interval", "4"],
     *["--lr-warmup-iters", "2", "--lr-decay-iters", str(STEPS), "--eval-iters", "0", "--lr", "1e-3"],
 ]
-
-
-class Slurm:
-    """The local cluster, by its commands."""
-
-    def __init__(self, folder: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mine = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        self.environment = {k: v for k, v in os.environ.items() if k not in mine and not k.startswith("SLURM")} | {
-            "SLURM_LOCAL_DIR": str(folder),
-            "SLURM_LOCAL_PORT": str(port),
-            "SLURM_CONF": str(folder / "slurm.conf"),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHON": sys.executable,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-
-    def local(self, *argv: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["bash", LOCAL, *argv], env=self.environment, capture_output=True, text=True, timeout=PATIENCE)
-
-    def run(self, *argv: str, **variables: str) -> str:
-        done = subprocess.run(argv, env=self.environment | variables, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
-        return done.stdout
-
-    def submit(self, *argv: str, **variables: str) -> str:
-        return self.run("sbatch", "--parsable", *argv, **variables).strip()
-
-    def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says; of an array the first task."""
-        text = self.run("scontrol", "show", "job", job)
-        return dict(re.findall(r"(\w+)=(\S+)", text.split("\n\n")[0]))
-
-    def states(self, job: str) -> list[str]:
-        return re.findall(r"JobState=(\S+)", self.run("scontrol", "show", "job", job))
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
-    up = cluster.local("up")
-    if up.returncode == CANNOT_BE_INSTALLED and not os.environ.get("REQUIRE_SLURM"):
-        pytest.skip(up.stderr.strip())
-    assert up.returncode == 0, up.stderr
-    yield cluster
-    cluster.local("down")
 
 
 def until(what: str, condition: Callable[[], object]) -> None:
