@@ -13,7 +13,10 @@ if [ ! -d $DATA/usr ]; then
     mv $DATA/unpacked/usr $DATA/usr
 fi
 
-$PYTHON examples/curate_web_labels.py --folder $DATA
-$PYTHON tools/train_quality.py --judgements $DATA/judged.jsonl --min-score 3 --output $DATA/quality.npz
-$PYTHON tools/train_quality.py --domains $DATA/labelled.jsonl --output $DATA/domains.npz
+# Made once: a run that was killed goes on only with the models it began with.
+if [ ! -e $DATA/domains.npz ]; then
+    $PYTHON examples/curate_web_labels.py --folder $DATA
+    $PYTHON tools/train_quality.py --judgements $DATA/judged.jsonl --min-score 3 --output $DATA/quality.npz
+    $PYTHON tools/train_quality.py --domains $DATA/labelled.jsonl --output $DATA/domains.npz
+fi
 $PYTHON tools/curate_data.py examples/curate_web.yaml --output $DATA/curated --tasks 8 --workers 2 --report $DATA/curated.html "$@"
