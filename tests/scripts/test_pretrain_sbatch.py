@@ -16,6 +16,7 @@ def slurm(tmp_path):
         # Many nodes: a script that stopped reading after the first would break the pipe and end without a word.
         "scontrol": """case "$*" in
             "show hostnames gpu[7-20000]") seq -f "gpu%.0f" 7 20000 ;;
+            "show hostnames ghost1") echo ghost1 ;;
             "show node --oneliner gpu7") echo "NodeName=gpu7 NodeAddr=10.0.0.7 State=IDLE" ;;
             *) echo "scontrol $*" ;; esac""",
         # Each task after the other; the step's status is the largest, as srun's.
@@ -96,3 +97,10 @@ def test_without_an_example(slurm):
     done = slurm("")
     assert done.returncode == 2
     assert done.stderr.startswith("error: name the example to run")
+
+
+def test_a_node_without_an_address_is_one_line(slurm):
+    done = slurm("exit 0", SLURM_JOB_NODELIST="ghost1")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "scontrol show node ghost1 gives no NodeAddr" in done.stderr
