@@ -12,6 +12,7 @@ from typing import NamedTuple
 # (file, function) -> what a person calls it
 PHASES = {
     ("loader.py", "next_batch"): "reading data",
+    ("loader.py", "read_ahead"): "reading ahead",
     ("microbatch.py", "make_microbatches"): "making micro-batches",
     ("engine.py", "forward_backward"): "forward and backward",
     ("pipeline_parallel.py", "_forward"): "forward",
