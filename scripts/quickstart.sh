@@ -34,10 +34,10 @@ $PYTHON scripts/torchrun.py --standalone --nproc-per-node 8 -m megatron_llama3.r
     --num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4 --num-query-groups 2 --init-method-std 0.08 \
     --vocab-size 8192 --max-position-embeddings 1024 --tokenizer-model $RUN/tokenizer \
     --train-data-path $RUN/data/train_text_document --valid-data-path $RUN/data/held_out_text_document \
-    --seq-length 512 --micro-batch-size 2 --step-batch-size-schedule "0:4 500K:8" --train-iters 400 \
+    --seq-length 512 --micro-batch-size 2 --step-batch-size-schedule "0:4 500K:8" --train-iters 360 \
     --lr 6e-3 --min-lr 3e-4 --lr-warmup-iters 30 --weight-decay 0.1 \
-    --log-interval 10 --eval-interval 100 --eval-iters 8 \
-    --save $RUN/checkpoints --load $RUN/checkpoints --save-interval 100
+    --log-interval 10 --eval-interval 90 --eval-iters 8 \
+    --save $RUN/checkpoints --load $RUN/checkpoints --save-interval 90
 
 step "5/6 export to Hugging Face's format"
 EXPORT=$RUN/hf-$(cat $RUN/checkpoints/latest_checkpointed_iteration.txt)
