@@ -25,11 +25,11 @@ _BOILERPLATE_TAGS = {"aside", "header", "form"}
 _BOILERPLATE_ROLES = {"navigation", "banner", "contentinfo", "search", "dialog", "alertdialog", "complementary"}
 # Removed for their names, unless they hold much text; and those that go only where they lead away, since content is called so too.
 _OUTSIDE = (
-    "breadcrumbs?|navbar|navigation|navlinks?|docnav|share|sharing|social|newsletter|subscribe|signup|advert|advertisement|ads|"
+    "breadcrumbs?|navbar|navigation|navlinks?|navheader|navfooter|docnav|share|sharing|social|newsletter|subscribe|signup|advert|advertisement|ads|"
     "sponsor(?:ed)?|promo|promotion|popup|modal|pagination|pager|masthead|copyright|footer|sitefooter|disqus|login|editsection|mw-editsection|printfooter|"
     "catlinks|noprint|headerlink|linenos|lineno|gutter"
 )
-_BESIDE = "sidebar|sphinxsidebar|related|recommended|toc|overlay|skip|widget|toolbar"
+_BESIDE = "sidebar|sphinxsidebar|related|recommended|toc|overlay|skip|widget|toolbar|tagline|slogan|languages|toplang|bottomlang|switcher"
 _BANNER_NAME, _OUTSIDE_NAME, _BESIDE_NAME = (
     re.compile(rf"(?:^|[\s_-])(?:{names})(?:$|[\s_-])", re.IGNORECASE) for names in ("cookies?|consent|gdpr", _OUTSIDE, _BESIDE)
 )
@@ -43,7 +43,7 @@ _BOILERPLATE_LINE = re.compile(
     r"terms of (?:use|service)|all rights reserved|alle rechte vorbehalten|tous droits réservés|"
     r"diese (?:web)?site (?:benutzt|verwendet) cookies|"
     r"ce site utilise des cookies|share (?:this|on)\b|subscribe to our|sign up for our|enable javascript|skip to (?:main )?content|"
-    r"click here to|^(?:©|\(c\)|copyright)\s*(?:19|20)\d\d",
+    r"click here to|^(?:this page )?(?:was )?last (?:modified|updated|edited|changed) |^(?:©|\(c\)|copyright)\s*(?:19|20)\d\d",
     re.IGNORECASE,
 )
 _LONGEST_BOILERPLATE_LINE = 250

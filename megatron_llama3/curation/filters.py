@@ -176,6 +176,7 @@ class C4Quality(_PlainlySplit, C4QualityFilter):
 
     Takes out lines without a final mark, of too few words, with a word that is too long, on JavaScript, cookies and terms of use. Drops
     documents with `lorem_ipsum`, a `curly_bracket` (all code has one: `filter_curly_bracket: false` keeps it) or `too_few_sentences`.
+    Final marks are `.`, `?`, `!` and quotes: Japanese and Chinese have none of them (`filter_no_terminal_punct: false`).
     """
 
 

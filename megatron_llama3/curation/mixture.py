@@ -5,10 +5,10 @@ The paper's final mix: half general knowledge, a quarter mathematics and reasoni
 
 import json
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import xxhash
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
@@ -21,6 +21,7 @@ from megatron_llama3.curation.task_counts import read_task_counts, write_task_co
 from megatron_llama3.tokenizer.llama3 import load_tokenizer
 
 _BYTES_A_TOKEN = 4
+_PARTS = 4096  # of a domain, by hash: the mix is met to one of them
 PAPER_MIX = {"general": 0.50, "reasoning": 0.25, "code": 0.17, "multilingual": 0.08}
 
 
@@ -72,13 +73,29 @@ def copies(identity: str, epochs: float, seed: int) -> int:
 
     So a document kept at some rate is also kept at every higher one, and no order or number of tasks changes the choice.
     """
-    fraction = xxhash.xxh3_64_intdigest(identity.encode("utf-8", "surrogatepass"), seed=seed) / 2**64
-    return int(epochs) + (fraction < epochs - int(epochs))
+    return int(epochs) + (_fraction(identity, seed) < epochs - int(epochs))
+
+
+def _fraction(identity: str, seed: int) -> float:
+    """In [0, 1): a float of the hash's upper 53 bits, exactly."""
+    return (xxhash.xxh3_64_intdigest(identity.encode("utf-8", "surrogatepass"), seed=seed) >> 11) / 2**53
+
+
+def met_epochs(parts: list[int], epochs: float) -> tuple[float, int]:
+    """The epochs, a multiple of 1/len(parts), that come closest to `epochs` times all tokens; and the tokens that they give.
+
+    parts: a domain's tokens by its documents' hashes. Documents differ in length, so that a third of them is not a third of the tokens.
+    """
+    tokens = np.concatenate([[0], np.cumsum(np.array(parts, dtype=np.int64))])
+    whole = int(epochs)
+    taken = int(np.abs(tokens - (epochs - whole) * tokens[-1]).argmin())
+    return whole + taken / len(parts), int(whole * tokens[-1] + tokens[taken])
 
 
 class Mixture(GlobalBlock):
     """Takes documents so that the tokens of the domains stand in the target's proportions: fewer of what there is too much of, some again.
 
+    Documents are taken by their ids' hashes, up to the one at which a domain's tokens come closest to its share.
     Left out are documents of domains that have too many (`over_represented`) or no share (`no_share`); repetitions have `#2`, ... after
     their id.
 
@@ -104,7 +121,7 @@ class Mixture(GlobalBlock):
         _shares(self.target)
 
     def collect(self, folder: str, partitions: int) -> PipelineStep:
-        return CountTokens(folder, self.key, self.tokenizer)
+        return CountTokens(folder, self.key, self.tokenizer, self.seed)
 
     def search(self, folder: str, tasks: int) -> list[Search]:
         return [Search("plan", 1, PlanMixture(folder, self._plan(folder), self.target, self.tokens, self.max_epochs))]
@@ -117,24 +134,23 @@ class Mixture(GlobalBlock):
 
 
 class CountTokens(PipelineStep):
-    """First pass: domain -> tokens."""
+    """First pass: domain -> tokens of each part of its documents."""
 
     type = "STATS"
     name = "tokens by domain"
 
-    def __init__(self, folder: str, key: str, tokenizer: str | None):
+    def __init__(self, folder: str, key: str, tokenizer: str | None, seed: int):
         super().__init__()
-        self.folder, self.key, self.tokenizer = folder, key, tokenizer
+        self.folder, self.key, self.tokenizer, self.seed = folder, key, tokenizer, seed
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         encode = load_tokenizer(self.tokenizer).encode if self.tokenizer else None
-        tokens: Counter[str] = Counter()
+        parts: dict[str, list[int]] = {}
         for doc in data:
-            tokens[_domain(doc, self.key)] += (
-                len(encode(doc.text)) if encode else -(-len(doc.text.encode("utf-8", "replace")) // _BYTES_A_TOKEN)
-            )
+            tokens = len(encode(doc.text)) if encode else -(-len(doc.text.encode("utf-8", "replace")) // _BYTES_A_TOKEN)
+            parts.setdefault(_domain(doc, self.key), [0] * _PARTS)[int(_fraction(doc.id, self.seed) * _PARTS)] += tokens
             yield doc
-        write_task_counts(self.folder, rank, world_size, dict(tokens))
+        write_task_counts(self.folder, rank, world_size, parts)
 
 
 class PlanMixture(PipelineStep):
@@ -148,18 +164,20 @@ class PlanMixture(PipelineStep):
         self.folder, self.output, self.target, self.tokens, self.max_epochs = folder, output, target, tokens, max_epochs
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        tokens: Counter[str] = Counter()
+        parts: dict[str, np.ndarray] = {}
         for task in read_task_counts(self.folder):
-            tokens.update(task)
-        plans, shortages = plan_mixture(dict(tokens), self.target, self.tokens, self.max_epochs)
-        whole = max(1, sum(plan.given for plan in plans.values()))
+            for domain, tokens in task.items():
+                parts[domain] = parts.get(domain, 0) + np.array(tokens)
+        plans, shortages = plan_mixture({name: int(part.sum()) for name, part in parts.items()}, self.target, self.tokens, self.max_epochs)
+        met = {name: met_epochs(parts.get(name, [0]), plan.epochs) for name, plan in plans.items()}
+        whole = max(1, sum(given for _, given in met.values()))
         notes = [
-            f"{name}: {plan.tokens:,} tokens, each document taken {plan.epochs:.3g} times, gives {plan.given / whole:.1%} of the mix"
-            for name, plan in plans.items()
+            f"{name}: {given:,} of {plans[name].tokens:,} tokens, each document taken {epochs:.3g} times, {given / whole:.1%} of the mix"
+            for name, (epochs, given) in met.items()
         ]
         notes += [f"falls short: {line}" for line in shortages]
         with whole_file(self.output) as file:
-            file.write(json.dumps({"epochs": {name: plan.epochs for name, plan in plans.items()}, "notes": notes}).encode())
+            file.write(json.dumps({"epochs": {name: epochs for name, (epochs, _) in met.items()}, "notes": notes}).encode())
 
 
 class SampleMixture(BaseFilter):

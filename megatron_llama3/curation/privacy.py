@@ -4,6 +4,7 @@ What is found counts only where it stands a check: Luhn for cards, ISO 7064 for 
 ranges for IP addresses. Addresses set aside for examples (example.org, 192.0.2.0/24) are nobody's.
 """
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -12,12 +13,14 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import idna
 import phonenumbers
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
+from megatron_llama3.config.errors import UserError
 from megatron_llama3.curation.files import whole_file
 from megatron_llama3.curation.lists import read_lists
 from megatron_llama3.curation.plain_words import split_words
@@ -131,13 +134,16 @@ def _is_public_address(match: re.Match) -> bool:
 
 
 def host_of(url: object) -> str:
-    """The host in lower case, without port or `www.`; empty where there is none."""
+    """The host in lower case and as DNS has it (bücher.org is xn--bcher-kva.org), without port or `www.`; empty where there is none."""
     if not isinstance(url, str):
         return ""
     try:
         host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
     except ValueError:
         return ""
+    if not host.isascii():
+        with contextlib.suppress(idna.IDNAError):  # no name that DNS could have: compared as it is
+            host = ".".join(label if label.isascii() else idna.encode(label, uts46=True).decode() for label in host.split("."))
     return host.lower().removeprefix("www.").rstrip(".")
 
 
@@ -152,7 +158,13 @@ class DomainBlockFilter(BaseFilter):
     def __init__(self, lists: list[str] | str, key: str = "url", exclusion_writer: DiskWriter | None = None):
         super().__init__(exclusion_writer)
         self.key = key
-        self.domains = {entry.removeprefix("www.").rstrip(".") for entry in read_lists(lists, "lists")}
+        self.domains = set()
+        for entry in read_lists(lists, "lists"):
+            if re.search(r"[\s/*]", entry):
+                raise UserError(
+                    f"lists: '{entry}' is no domain; give one a line, such as example.org, which stands for all hosts below it too"
+                )
+            self.domains.add(host_of(entry))
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         labels = host_of(doc.metadata.get(self.key)).split(".")

@@ -6,6 +6,8 @@ Everything is drawn from the `random.Random` that is handed in.
 import html
 from random import Random
 
+import idna
+
 # The Universal Declaration of Human Rights, articles 1 and 19 and more (public domain).
 RIGHTS = {
     "en": "All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience and should a"
@@ -107,6 +109,43 @@ def gibberish(rng: Random, words: int = 120) -> str:
 
 def symbols(rng: Random, characters: int = 800) -> str:
     return "".join(rng.choice("#$%&*+-/<=>@^_|~0123456789 \n") for _ in range(characters))
+
+
+NOTICE_ENDS = ("to see this site.", "and their partners.", "our Privacy Policy.", "the Terms of Use apply.")
+
+
+def notice(rng: Random) -> str:
+    """A line that a site says of itself, in one of many wordings."""
+    return (
+        f"{rng.choice(['Please', 'Do', 'You have to', 'First'])} {rng.choice(['enable', 'turn on', 'activate'])} JavaScript "
+        f"{rng.choice(['and reload the page ', 'in your browser ', ''])}{NOTICE_ENDS[0]}",
+        f"{rng.choice(['This site uses', 'We use', 'Our pages make use of'])} cookies of the {rng.choice(_WORDS)} {NOTICE_ENDS[1]}",
+        f"What we know of your {rng.choice(_WORDS)} is said in {NOTICE_ENDS[2]}",
+        f"For each {rng.choice(_WORDS)} {NOTICE_ENDS[3]}",
+    )[rng.randrange(4)]
+
+
+def spelling(domain: str, rng: Random) -> str:
+    """An address on the domain or below it, in one of the forms that addresses come in."""
+    host = rng.choice(["", "www.", "cdn.", "a.b-c.", "WWW."]) + rng.choice([domain, domain.upper(), idna.encode(domain).decode()])
+    scheme = rng.choice(["http://", "https://", "HTTPS://", "//", "http://user:word@"])
+    return scheme + host + rng.choice(["", ".", ":8080", ":443"]) + rng.choice(["", "/", f"/{rng.choice(_WORDS)}?q=1#top", "?q=a@b"])
+
+
+def look_alike(domain: str, rng: Random) -> str:
+    """An address that has the domain in it and lies elsewhere."""
+    name = rng.choice(_WORDS)
+    return rng.choice(
+        [
+            f"https://{name}{domain}/",
+            f"https://{domain}.{name}.org/",
+            f"https://{name}.org/{domain}/",
+            f"https://{name}.org/?from=https://{domain}/",
+            f"https://{domain}@{name}.org/",
+            f"https://{domain.partition('.')[0]}.{name}/",
+            f"https://{domain.partition('.')[2]}/",
+        ]
+    )
 
 
 def personal_data(rng: Random) -> list[tuple[str, str]]:

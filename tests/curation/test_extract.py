@@ -18,6 +18,22 @@ def test_planted_boilerplate_goes_and_all_the_text_stays(seed):
     assert html_to_text(planted.web_page(planted.paragraphs(text), rng)) == text
 
 
+@pytest.mark.parametrize(
+    "markup",
+    [
+        '<div class="navheader"><a href="a">Prev</a> F.1. Something of this chapter <a href="b">Next</a></div>',
+        '<div class="tagline">Small. Fast. Done.</div>',
+        '<div class="toplang"><p>Available languages: <a href="de">Deutsch</a> | <a href="fr">français</a></p></div>',
+        "<p>Last updated 2024-05-31 00:35:55 UTC</p>",
+        "<p><i>This page was last modified on 2 May 2020.</i></p>",
+    ],
+)
+def test_what_stands_around_the_text_of_documentation(markup):
+    prose = "The view is removed, and no data of the tables below it is changed. It was last updated by the statement before. " * 4
+    page = f"<body>{markup}<div><h2>A view</h2><p>{prose}</p></div>{markup}</body>"
+    assert html_to_text(page) == f"A view\n\n{prose.strip()}"
+
+
 def test_content_in_spite_of_its_name():
     """A section named after its heading, a box of prose named sidebar, a page whose body is named after its layout."""
     prose = "Memory that several processes map at the same time must be protected by a lock of some kind. " * 8

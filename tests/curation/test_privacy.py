@@ -2,6 +2,7 @@
 
 from random import Random
 
+import idna
 import pytest
 
 from megatron_llama3.config.errors import UserError
@@ -68,12 +69,37 @@ def test_blocked_domains(tmp_path):
     step = DomainBlockFilter(str(tmp_path / "list.txt"))
     for url in ["http://bad.example/a", "https://www.bad.example:8080", "https://cdn.BAD.example/x?y", "worse.example.org/z"]:
         assert judge(step, "text", url=url)[0] == "blocked_domain", url
-    for url in ["http://notbad.example/", "http://bad.example.com/", "http://example.org/bad.example", "", None, 7, ["http://bad.example"], "http://[broken"]:
+    for url in [
+        "http://notbad.example/",
+        "http://bad.example.com/",
+        "http://example.org/bad.example",
+        "",
+        None,
+        7,
+        ["http://bad.example"],
+        "http://[broken",
+    ]:
         assert judge(step, "text", url=url)[0] is None, url
     assert judge(step, "text")[0] is None
+    (tmp_path / "hosts").write_text("0.0.0.0 bad.example\n")
+    with pytest.raises(UserError, match=r"'0\.0\.0\.0 bad\.example' is no domain"):
+        DomainBlockFilter(str(tmp_path / "hosts"))
     with pytest.raises(UserError, match="cannot be read"):
         DomainBlockFilter([str(tmp_path / "list.txt"), str(tmp_path / "none.txt")])
     assert host_of("https://user@www.A.org:8/x") == "a.org"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_blocked_domains_in_every_spelling(tmp_path, seed):
+    """Upper case, ports, users, a final dot, names with letters beyond ASCII as themselves or as DNS has them; and what only looks so."""
+    rng = Random(seed)
+    domain = rng.choice(["bad.example", "übung.example", "xn--bcher-kva.example"])
+    (tmp_path / "list.txt").write_text(domain, encoding="utf-8")
+    step = DomainBlockFilter(str(tmp_path / "list.txt"))
+    for name in (domain, idna.decode(domain)):
+        url, other = planted.spelling(name, rng), planted.look_alike(name, rng)
+        assert judge(step, "text", url=url)[0] == "blocked_domain", url
+        assert judge(step, "text", url=other)[0] is None, other
 
 
 def test_domains_with_much_personal_data_go_as_a_whole(tmp_path):
