@@ -272,7 +272,7 @@ def quality(folder: Path, flags) -> None:
         bad = [spoil(text) for text in good]
         # Trained on the first halves of both, tested on the second: no page is in both.
         texts, labels = good[:half] + bad[:half], ["good"] * half + ["bad"] * half
-        for name, train in (("linear", LinearClassifier.train), ("encoder", EncoderClassifier.train_on)):
+        for name, train in (("linear", LinearClassifier.train_on), ("encoder", EncoderClassifier.train_on)):
             started = time.process_time()
             model = train(texts, labels)
             trained, tested = time.process_time() - started, good[half:] + bad[half:]
@@ -427,7 +427,7 @@ def domains(folder: Path, flags) -> None:
     programs = [text for text in (cut(path.read_text(errors="replace"), 1500) for path in sources) if len(text) == 1500]
     texts, labels = [*prose[::2], *programs[::2]], ["general"] * len(prose[::2]) + ["code"] * len(programs[::2])
     with tempfile.TemporaryDirectory() as work:
-        LinearClassifier.train(texts, labels).save(f"{work}/domains.npz")
+        LinearClassifier.train_on(texts, labels).save(f"{work}/domains.npz")
         documents = [document(text, kind) for kind, texts in (("general", prose[1::2]), ("code", programs[1::2])) for text in texts]
         started = time.process_time()
         labelled = list(DomainLabel(f"{work}/domains.npz").run(iter(documents)))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_llama3.config.errors import UserError, exit_on_user_error
+from megatron_llama3.curation.classifier_file import CLASSIFIERS, classifier_class
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -23,7 +24,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--domains", metavar="JSONL", help="texts and their labels")
     parser.add_argument("--documents", metavar="JSONL", help="id and text, where the judge's file has ids only")
     parser.add_argument("--min-score", type=float, default=0.5, help="the lowest score of a good text")
-    parser.add_argument("--kind", choices=["linear", "encoder"], default="linear", help="linear: fast; encoder: a small transformer")
+    parser.add_argument(
+        "--kind",
+        choices=CLASSIFIERS,
+        default="linear",
+        help="linear: fast; encoder: a small transformer, from nothing; pretrained: the model of --pretrained, fine-tuned",
+    )
+    parser.add_argument("--pretrained", metavar="FOLDER", help="a Hugging Face encoder such as DistilRoberta, its tokenizer with it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True, metavar="PATH", help="the model, an .npz file")
     return parser.parse_args(arguments)
@@ -31,6 +38,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     flags = parse_arguments()
+    if (flags.kind == "pretrained") != bool(flags.pretrained):
+        raise UserError(f"--kind {flags.kind}, --pretrained {flags.pretrained}: kind pretrained needs --pretrained, and no other has it")
     texts, labels = read_examples(flags)
     sizes = {name: labels.count(name) for name in sorted(set(labels))}
     if len(sizes) < 2 or min(sizes.values()) < 10:
@@ -39,9 +48,7 @@ def main() -> None:
         )
     started = time.monotonic()
     held_out = np.random.default_rng(flags.seed).permutation(len(texts)) < max(1, len(texts) // 10)
-    model = train(
-        flags.kind, [t for t, held in zip(texts, held_out) if not held], [n for n, held in zip(labels, held_out) if not held], flags.seed
-    )
+    model = train(flags, [t for t, held in zip(texts, held_out) if not held], [n for n, held in zip(labels, held_out) if not held])
     print(f"{flags.kind}: {sum(~held_out):,} texts, {sizes}, {time.monotonic() - started:.1f} s")
     report(model, [t for t, held in zip(texts, held_out) if held], [n for n, held in zip(labels, held_out) if held])
     model.save(flags.output)
@@ -61,11 +68,9 @@ def read_examples(flags: argparse.Namespace) -> tuple[list[str], list[str]]:
         raise UserError(f"--domains {flags.domains}: needs JSONL lines with text and label ({error!r})") from error
 
 
-def train(kind: str, texts: list[str], labels: list[str], seed: int):
-    from megatron_llama3.curation.encoder_classifier import EncoderClassifier
-    from megatron_llama3.curation.linear_classifier import LinearClassifier
-
-    return LinearClassifier.train(texts, labels, seed) if kind == "linear" else EncoderClassifier.train_on(texts, labels, seed)
+def train(flags: argparse.Namespace, texts: list[str], labels: list[str]):
+    options = {"base": flags.pretrained} if flags.pretrained else {}
+    return classifier_class(flags.kind).train_on(texts, labels, seed=flags.seed, **options)
 
 
 def report(model, texts: list[str], labels: list[str]) -> None:

@@ -1,6 +1,7 @@
 """A trained classifier as one file: arrays and their configuration, written whole or not at all, refused where they do not fit."""
 
 import hashlib
+import importlib
 import io
 import json
 from pathlib import Path
@@ -12,6 +13,12 @@ from megatron_llama3.curation.files import whole_file
 
 # Goes up whenever words, hashes or features change: an old model would read noise.
 FEATURES_VERSION = 1
+# Imported when used: they import this module to save themselves, and transformers takes seconds.
+CLASSIFIERS = {
+    "linear": "megatron_llama3.curation.linear_classifier:LinearClassifier",
+    "encoder": "megatron_llama3.curation.encoder_classifier:EncoderClassifier",
+    "pretrained": "megatron_llama3.curation.pretrained_classifier:PretrainedClassifier",
+}
 
 
 def save_classifier(path: str | Path, kind: str, config: dict, arrays: dict[str, np.ndarray]) -> None:
@@ -23,12 +30,17 @@ def save_classifier(path: str | Path, kind: str, config: dict, arrays: dict[str,
         file.write(buffer.getvalue())
 
 
-def load_classifier(path: str | Path):
-    """A `LinearClassifier` or `EncoderClassifier`, as the file says. Raises UserError where it is none, or damaged."""
-    # Here, so that the classifiers may import this module to save themselves.
-    from megatron_llama3.curation.encoder_classifier import EncoderClassifier
-    from megatron_llama3.curation.linear_classifier import LinearClassifier
+def classifier_class(kind: str) -> type:
+    """Raises UserError where what it needs is not installed."""
+    module, _, name = CLASSIFIERS[kind].partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise UserError(f"kind {kind}: {error}; pip install 'megatron-llama3[curation,convert]'") from error
 
+
+def load_classifier(path: str | Path):
+    """A linear, encoder or pretrained classifier, as the file says. Raises UserError where it is none, or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -40,11 +52,10 @@ def load_classifier(path: str | Path):
         raise UserError(f"model {path}: was trained with version {version} of the features, this is {FEATURES_VERSION}; train it again")
     if checksum != _checksum(arrays):
         raise UserError(f"model {path}: its weights do not match their checksum; the file is damaged, train it again")
-    kinds = {"linear": LinearClassifier, "encoder": EncoderClassifier}
-    if kind not in kinds:
-        raise UserError(f"model {path}: is of kind {kind!r}; known are {', '.join(kinds)}")
+    if kind not in CLASSIFIERS:
+        raise UserError(f"model {path}: is of kind {kind!r}; known are {', '.join(CLASSIFIERS)}")
     try:
-        return kinds[kind].from_arrays(config, arrays)
+        return classifier_class(kind).from_arrays(config, arrays)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"model {path}: its weights do not fit its configuration ({error}); train it again") from error
 

@@ -1,6 +1,6 @@
-"""The stronger classifier: a small bidirectional transformer over hashed words (the paper has DistilRoberta, which is a download).
+"""A small bidirectional transformer over hashed words, trained from nothing: words within a text see each other, as in no bag of words.
 
-Words within a text see each other, so order and negation count, which no bag of words has. It trains in about a minute on a CPU.
+It needs no download and trains in about a minute on a CPU. Knowledge of language it has none: see `pretrained_classifier`.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from megatron_llama3.curation.classifier_file import save_classifier
+from megatron_llama3.curation.fit import fit
 from megatron_llama3.curation.plain_words import ngram_hashes, split_words, word_hashes
 
 _PADDING = 0
@@ -82,21 +82,11 @@ class EncoderClassifier(nn.Module):
             torch.manual_seed(seed)
             model = cls(EncoderConfig(names, **config))
             ids = [model.ids(text) for text in texts]
-            targets = torch.tensor([names.index(label) for label in labels])
-            class_weight = len(targets) / (len(names) * torch.bincount(targets, minlength=len(names)).float())
             tables = [model.linear_words.weight, model.linear_pairs.weight]
             others = [parameter for parameter in model.parameters() if all(parameter is not table for table in tables)]
             rates = [lr, _LINEAR_RATE * lr]  # a weight of the tables sees few of the texts
-            optimizer = torch.optim.AdamW([{"params": others}, {"params": tables}], lr=lr, weight_decay=0.01)
-            batches = -(-len(ids) // batch)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=epochs * batches + 1)
-            for _ in range(epochs):
-                for chosen in torch.randperm(len(ids)).split(batch):
-                    loss = cross_entropy(model(_padded([ids[i] for i in chosen])), targets[chosen], weight=class_weight)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
+            parameters = [{"params": group, "lr": rate} for group, rate in zip((others, tables), rates)]
+            fit(model, lambda chosen: model(_padded([ids[i] for i in chosen])), parameters, labels, epochs, batch)
         return model.eval()
 
     @torch.no_grad()

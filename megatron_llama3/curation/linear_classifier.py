@@ -33,7 +33,7 @@ class LinearClassifier:
     bias: np.ndarray = field(repr=False)
 
     @classmethod
-    def train(
+    def train_on(
         cls, texts: Sequence[str], labels: Sequence[str], seed: int = 0, epochs: int = 8, lr: float = 0.5, **config
     ) -> "LinearClassifier":
         """Fits texts to their labels; classes of unequal size weigh the same. The same input gives the same bits."""

@@ -23,7 +23,7 @@ GOOD, BAD = "good", "bad"
 class QualityFilter(BaseFilter):
     """Drops documents (`low_quality`) whose probability of `label` is below `min_score`; leaves it in `quality_score`.
 
-    model: a file of tools/train_quality.py, linear or encoder; read at once to be checked, and again by each task. batch_size:
+    model: a file of tools/train_quality.py, of any kind; read at once to be checked, and again by each task. batch_size:
     documents judged at a time.
     """
 

@@ -22,10 +22,10 @@ def blocks(tmp_path) -> list[dict]:
     (tmp_path / "words.txt").write_text("snorfle\n")
     (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": QUESTION}) + "\n")
     texts = [planted.prose(rng, 4) for _ in range(20)]
-    LinearClassifier.train(texts + [planted.symbols(rng, 300) for _ in texts], ["good"] * 20 + ["bad"] * 20, buckets=1 << 12).save(
+    LinearClassifier.train_on(texts + [planted.symbols(rng, 300) for _ in texts], ["good"] * 20 + ["bad"] * 20, buckets=1 << 12).save(
         tmp_path / "q.npz"
     )
-    LinearClassifier.train(texts + ["x = 1"] * 20, ["general"] * 20 + ["code"] * 20, buckets=1 << 12).save(tmp_path / "d.npz")
+    LinearClassifier.train_on(texts + ["x = 1"] * 20, ["general"] * 20 + ["code"] * 20, buckets=1 << 12).save(tmp_path / "d.npz")
     return [
         {"blocked_domains": {"lists": str(tmp_path / "domains.txt")}},
         {"extract": {"min_characters": 10}},

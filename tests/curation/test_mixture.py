@@ -129,7 +129,7 @@ def test_labels_come_from_the_classifier_and_other_languages_from_theirs(tmp_pat
     rng = Random(0)
     code = "def f(x):\n    return x + {}\n\nfor i in range({}):\n    print(f(i))"
     texts = [planted.prose(rng, 3) for _ in range(20)] + [code.format(i, i + 3) for i in range(20)]
-    LinearClassifier.train(texts, ["general"] * 20 + ["code"] * 20, buckets=1 << 12).save(tmp_path / "model.npz")
+    LinearClassifier.train_on(texts, ["general"] * 20 + ["code"] * 20, buckets=1 << 12).save(tmp_path / "model.npz")
     documents = [
         document(planted.prose(rng, 3)),
         document(code.format("y", 77)),

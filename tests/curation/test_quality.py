@@ -37,7 +37,7 @@ def examples(count: int, seed: int) -> tuple[list[str], list[str]]:
 
 def trained(kind: str):
     if kind == "linear":
-        return LinearClassifier.train(*examples(60, 0), buckets=1 << 14)
+        return LinearClassifier.train_on(*examples(60, 0), buckets=1 << 14)
     return EncoderClassifier.train_on(*examples(60, 0), epochs=8, lr=3e-3, **SMALL_ENCODER)
 
 
