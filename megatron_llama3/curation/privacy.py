@@ -41,6 +41,9 @@ _PHONE = re.compile(r"(?<![\w.:/+-])(?:\+\d{1,3}|\(?0\d|\(\d{3}\)|\d{3}(?=[ .-]\
 # Punctuation that telephone numbers are written with; a bare run of digits is one only behind a +.
 _ARITHMETIC = re.compile(r" - |(\d)\1{5}")
 _SEPARATOR = re.compile(r"\d[ ()/.-]+\d")
+_DATE_OR_DUMP = re.compile(r"\d\d?([-/.])\d\d?\1\d{4}|(?:\d\d[ -]){6,}\d\d.*")
+_ZIP_CODE, _STATE = re.compile(r"\d{5}-\d{4}"), re.compile(r"\b[A-Z]{2}\s+$")  # the Free Software Foundation's is in every licence text
+_IPV6_ADDRESSES = ipaddress.ip_network("2000::/3")  # all that is given out; `DB::DB` and `::a` are names in programs
 
 
 class RemovePersonalData(BaseFilter):
@@ -82,7 +85,7 @@ def remove_personal_data(text: str, phone_regions: list[str] = ()) -> tuple[str,
         ("ssn", _SOCIAL_SECURITY, lambda match: True),
         ("ip", _IPV4, _is_public_address),
         ("ip", _IPV6, _is_public_address),
-        ("phone", _PHONE, lambda match: is_phone_number(match[0], phone_regions)),
+        ("phone", _PHONE, lambda match: not _is_zip_code(match) and is_phone_number(match[0], phone_regions)),
     ]
     found: Counter[str] = Counter()
     for kind, pattern, is_real in checks:
@@ -114,6 +117,8 @@ def is_phone_number(candidate: str, regions: list[str] = ()) -> bool:
     """Whether libphonenumber knows such a number: international ones with +, else written with separators as in one of the regions."""
     if not candidate.startswith("+") and (not _SEPARATOR.search(candidate) or _ARITHMETIC.search(candidate)):
         return False
+    if _DATE_OR_DUMP.fullmatch(candidate):
+        return False
     for region in [None] if candidate.startswith("+") else regions:
         try:
             if phonenumbers.is_valid_number(phonenumbers.parse(candidate, region)):
@@ -130,7 +135,13 @@ def _is_public_address(match: re.Match) -> bool:
         address = ipaddress.ip_address(match[0])
     except ValueError:
         return False
-    return address.is_global and not address.is_multicast
+    if address.version == 4 and address.packed[-1] == 0:
+        return False  # a network
+    return address.is_global and not address.is_multicast and (address.version == 4 or address in _IPV6_ADDRESSES)
+
+
+def _is_zip_code(match: re.Match) -> bool:
+    return bool(_ZIP_CODE.fullmatch(match[0]) and _STATE.search(match.string[max(0, match.start() - 20) : match.start()]))
 
 
 def host_of(url: object) -> str:

@@ -39,7 +39,8 @@ def test_look_alikes_stay(item):
 
 
 def test_ipv6_and_american_express():
-    assert remove_personal_data("at 2a00:1450:4001:81b::200e now")[0] == "at [ip] now"
+    for address in ("2a00:1450:4001:81b::200e", "2001:4860:4860:0:0:0:0:8888", "2606:4700::1111"):
+        assert remove_personal_data(f"at {address} now")[0] == "at [ip] now"
     assert remove_personal_data("3782 822463 10005")[0] == "[card]"
 
 
