@@ -209,7 +209,7 @@ def divergence(folder: Path, flags) -> None:
     rng, good = Random(3), manual_pages(folder, "en", 3 * flags.documents)
     kinds = {
         "gibberish": [planted.gibberish(rng, rng.randint(40, 400)) for _ in range(30)],
-        "another language": manual_pages(folder, languages_in(folder)[1], 10),
+        "another language": manual_pages(folder, languages_in(folder)[1], 30),
         "half gibberish": [f"{text[:800]}\n{planted.gibberish(rng, 150)}" for text in good[:30]],
     }
     documents = [document(text, f"good {i}") for i, text in enumerate(good)]

@@ -88,6 +88,16 @@ class CheckpointWriter:
             remove_leftovers(self.folder)
             raise UserError(f"--save {self.folder}: checkpoint could not be written: {_first_line(error)}") from error
 
+    def check(self) -> None:
+        """Between steps, while a save is under way: raises UserError on every rank as soon as it has failed on one (collective)."""
+        if self.pending is None:
+            return
+        failed = self.pending.done() and self.pending.exception() is not None
+        state = torch.tensor([int(failed), int(not self.pending.done())])
+        dist.all_reduce(state, dist.ReduceOp.MAX, group=self.engine.groups.control)  # the background thread has the group of saves
+        if state[0] or not state[1]:
+            self.wait()
+
     def wait(self) -> None:
         """Until the last save is on disk on every rank. Raises UserError on all of them where it could not be written."""
         if self.pending is None:

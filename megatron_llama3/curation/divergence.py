@@ -26,7 +26,7 @@ class DivergenceFilter(GlobalBlock):
     min_words: shorter documents are not judged. The excess is left in `word_divergence`.
     """
 
-    def __init__(self, max_excess: float = 3.0, min_words: int = 20):
+    def __init__(self, max_excess: float = 2.5, min_words: int = 20):
         self.max_excess, self.min_words = max_excess, min_words
 
     def collect(self, folder: str, partitions: int) -> PipelineStep:

@@ -150,9 +150,11 @@ def _agree(engine: Engine, answer: Callable):
 
 
 def saving(writer: CheckpointWriter, stream: TrainingStream, config: RunConfig, observers: Observers) -> Hook:
-    """Every --save-interval steps and after the last; the run does not end before the last checkpoint is on disk."""
+    """Every --save-interval steps and after the last; the run does not end before the last checkpoint is on disk, nor go on after a save
+    that failed."""
 
     def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
+        writer.check()
         interval = config.checkpoint.save_interval
         if is_last or (interval and state.iteration % interval == 0):
             started = time.monotonic()

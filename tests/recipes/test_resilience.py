@@ -192,6 +192,16 @@ def test_a_disk_too_full_for_a_save_is_one_line(data, tmp_path, small_disk, free
 
 
 @pytest.mark.slow
+def test_a_save_that_fails_in_the_background_ends_the_run_before_the_next_one(data, tmp_path, small_disk):
+    save = small_disk("64k")
+    (save / "ballast").write_bytes(bytes(28 << 10))
+    flags = f"{FLAGS} --data-path {data} --train-iters 2000 --save {save} --log-dir {tmp_path} --save-interval 400"
+    assert statuses(start(flags, 2, tmp_path / "log")) == [2, 2]
+    assert "checkpoint could not be written" in (tmp_path / "log").read_text()
+    assert 400 <= max(losses(tmp_path)) < 800
+
+
+@pytest.mark.slow
 def test_a_slow_rank_is_named(data, tmp_path):
     def slow_on_rank_2() -> None:
         forward = Llama.forward
