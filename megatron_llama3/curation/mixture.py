@@ -171,8 +171,10 @@ class PlanMixture(PipelineStep):
         plans, shortages = plan_mixture({name: int(part.sum()) for name, part in parts.items()}, self.target, self.tokens, self.max_epochs)
         met = {name: met_epochs(parts.get(name, [0]), plan.epochs) for name, plan in plans.items()}
         whole = max(1, sum(given for _, given in met.values()))
+        wanted = max(1, sum(plan.wanted for plan in plans.values()))
         notes = [
-            f"{name}: {given:,} of {plans[name].tokens:,} tokens, each document taken {epochs:.3g} times, {given / whole:.1%} of the mix"
+            f"{name}: {given:,} tokens, {given / whole:.1%} of the mix (wanted: {plans[name].wanted / wanted:.1%}), "
+            f"from {plans[name].tokens:,}: each document taken {epochs:.3g} times"
             for name, (epochs, given) in met.items()
         ]
         notes += [f"falls short: {line}" for line in shortages]

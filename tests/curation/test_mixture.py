@@ -119,8 +119,8 @@ def test_the_plan_and_a_shortage_are_noted_for_the_report(tmp_path):
     observed = Observed("mixture", block.apply(str(tmp_path)))
     list(observed.run(iter([])))
     assert observed.tally.notes == [
-        "a: 50 of 50 tokens, each document taken 1 times, 96.2% of the mix",
-        "b: 2 of 1 tokens, each document taken 2 times, 3.8% of the mix",
+        "a: 50 tokens, 96.2% of the mix (wanted: 50.0%), from 50: each document taken 1 times",
+        "b: 2 tokens, 3.8% of the mix (wanted: 50.0%), from 1: each document taken 2 times",
         "falls short: b: 1 tokens at 2 epochs give 2 of the 50 wanted",
     ]
 
