@@ -36,6 +36,8 @@ class DecontaminationFilter(BaseFilter):
         exclusion_writer: DiskWriter | None = None,
     ):
         super().__init__(exclusion_writer)
+        if ngram < 1 or not evaluation_sets:
+            raise UserError(f"ngram {ngram}, evaluation_sets {evaluation_sets}: an n-gram has at least one word, and there must be a set")
         self.index = EvaluationIndex(evaluation_sets, keys, ngram)
         self.notes = [f"{len(self.index.examples):,} evaluation texts looked for"]
         if self.index.too_short:

@@ -11,6 +11,7 @@ from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, Go
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
+from megatron_llama3.config.errors import UserError
 from megatron_llama3.curation.lists import read_lists
 from megatron_llama3.curation.plain_words import PlainWords, is_unspaced, ngram_hashes, split_words, word_hashes
 
@@ -45,6 +46,9 @@ class DuplicateNgramFilter(BaseFilter):
         exclusion_writer: DiskWriter | None = None,
     ):
         super().__init__(exclusion_writer)
+        if min(line_ngram, line_repeats, min_line_words, *(n for n, _ in ngrams)) < 1:
+            numbers = f"line_ngram {line_ngram}, line_repeats {line_repeats}, min_line_words {min_line_words}"
+            raise UserError(f"ngrams {ngrams}, {numbers}: each must be at least 1")
         self.ngrams = [(int(n), float(limit)) for n, limit in ngrams]
         self.line_ngram, self.line_repeats, self.line_coverage = line_ngram, line_repeats, line_coverage
         self.min_line_words, self.min_kept = min_line_words, min_kept

@@ -7,6 +7,8 @@ from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
+from megatron_llama3.config.errors import UserError
+
 # Written alike; the model tells them apart, a corpus wants them together.
 _SAME_LANGUAGE = {"wuu": "zh", "yue": "zh", "nb": "no", "nn": "no"}
 _PARTS, _PART = 5, 1_000  # a long text is judged by so many pieces of so many characters, spread over it
@@ -27,6 +29,9 @@ class LanguageFilter(BaseFilter):
         self, languages: list[str] | dict[str, float] | None = None, threshold: float = 0.65, exclusion_writer: DiskWriter | None = None
     ):
         super().__init__(exclusion_writer)
+        known = {_SAME_LANGUAGE.get(label, label) for label in _identifier().nb_classes}
+        if unknown := set(languages or ()) - known:
+            raise UserError(f"languages: {', '.join(sorted(unknown))} is none the model knows; give codes such as en or zh")
         self.threshold = threshold
         self.thresholds = dict(languages) if isinstance(languages, dict) else dict.fromkeys(languages or (), threshold)
 

@@ -23,5 +23,7 @@ def read_list(path: str | Path, argument: str) -> list[str]:
 
 def read_lists(paths: str | Iterable[str], argument: str) -> list[str]:
     """All entries of one file or several."""
-    paths = [paths] if isinstance(paths, str | Path) else paths
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not paths:
+        raise UserError(f"{argument}: names no file; give one with one entry a line")
     return [entry for path in paths for entry in read_list(path, argument)]

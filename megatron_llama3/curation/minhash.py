@@ -38,8 +38,8 @@ class MinhashDedup(GlobalBlock):
     def __init__(self, threshold: float = 0.72, ngram: int = 5, bands: int = 32, rows: int = 8, within: str | None = None, seed: int = 1):
         if not 0 < threshold <= 1:
             raise UserError(f"threshold {threshold} must be above 0 and at most 1")
-        if ngram < 1 or bands < 1 or rows < 2 or rows % 2:
-            raise UserError(f"ngram {ngram} and bands {bands} must be at least 1, rows {rows} even")
+        if ngram < 1 or bands < 1 or rows < 2 or rows % 2 or seed < 0:
+            raise UserError(f"ngram {ngram} and bands {bands} must be at least 1, rows {rows} even, seed {seed} at least 0")
         self.threshold, self.ngram, self.bands, self.rows, self.within, self.seed = threshold, ngram, bands, rows, within, seed
 
     def collect(self, folder: str, partitions: int) -> PipelineStep:

@@ -4,6 +4,7 @@ The paper's final mix: half general knowledge, a quarter mathematics and reasoni
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_llama3.tokenizer.llama3 import load_tokenizer
 
 _BYTES_A_TOKEN = 4
 _PARTS = 4096  # of a domain, by hash: the mix is met to one of them
+_CLOSE = 0.05  # what misses its plan by more is said
 PAPER_MIX = {"general": 0.50, "reasoning": 0.25, "code": 0.17, "multilingual": 0.08}
 
 
@@ -81,6 +83,11 @@ def _fraction(identity: str, seed: int) -> float:
     return (xxhash.xxh3_64_intdigest(identity.encode("utf-8", "surrogatepass"), seed=seed) >> 11) / 2**53
 
 
+def _name(doc: Document) -> str:
+    """What stands for a document: ids need not be unique, and equal ones shall not share their fate."""
+    return f"{doc.id} {xxhash.xxh3_64_hexdigest(doc.text.encode('utf-8', 'surrogatepass'))}"
+
+
 def met_epochs(parts: list[int], epochs: float) -> tuple[float, int]:
     """The epochs, a multiple of 1/len(parts), that come closest to `epochs` times all tokens; and the tokens that they give.
 
@@ -95,7 +102,8 @@ def met_epochs(parts: list[int], epochs: float) -> tuple[float, int]:
 class Mixture(GlobalBlock):
     """Takes documents so that the tokens of the domains stand in the target's proportions: fewer of what there is too much of, some again.
 
-    Documents are taken by their ids' hashes, up to the one at which a domain's tokens come closest to its share.
+    Documents are taken by a hash of id and text, up to that of 4,096 parts of a domain at which its tokens come closest to its share; where
+    a few long documents are too much or too little, a note in the report says so.
     Left out are documents of domains that have too many (`over_represented`) or no share (`no_share`); repetitions have `#2`, ... after
     their id.
 
@@ -114,6 +122,8 @@ class Mixture(GlobalBlock):
         tokenizer: str | None = None,
         key: str = "domain",
     ):
+        if not 0 < max_epochs < math.inf or (tokens is not None and tokens < 1) or seed < 0:
+            raise UserError(f"max_epochs {max_epochs}, tokens {tokens}, seed {seed}: must be above 0, at least 1, and at least 0")
         self.target, self.tokens, self.max_epochs, self.seed = target or PAPER_MIX, tokens, max_epochs, seed
         self.tokenizer, self.key = os.path.abspath(tokenizer) if tokenizer else None, key
         if tokenizer:
@@ -148,7 +158,7 @@ class CountTokens(PipelineStep):
         parts: dict[str, list[int]] = {}
         for doc in data:
             tokens = len(encode(doc.text)) if encode else -(-len(doc.text.encode("utf-8", "replace")) // _BYTES_A_TOKEN)
-            parts.setdefault(_domain(doc, self.key), [0] * _PARTS)[int(_fraction(doc.id, self.seed) * _PARTS)] += tokens
+            parts.setdefault(_domain(doc, self.key), [0] * _PARTS)[int(_fraction(_name(doc), self.seed) * _PARTS)] += tokens
             yield doc
         write_task_counts(self.folder, rank, world_size, parts)
 
@@ -178,8 +188,13 @@ class PlanMixture(PipelineStep):
             for name, (epochs, given) in met.items()
         ]
         notes += [f"falls short: {line}" for line in shortages]
+        for name, (_, given) in met.items():
+            if plans[name].given and abs(given - plans[name].given) > _CLOSE * plans[name].given:
+                notes.append(f"{name}: planned were {plans[name].given:,} tokens; its documents are too long to come closer than {given:,}")
+        epochs = {name: epochs for name, (epochs, _) in met.items()}
+        unwanted = [name for name, plan in plans.items() if not plan.wanted]
         with whole_file(self.output) as file:
-            file.write(json.dumps({"epochs": {name: epochs for name, (epochs, _) in met.items()}, "notes": notes}).encode())
+            file.write(json.dumps({"epochs": epochs, "unwanted": unwanted, "notes": notes}).encode())
 
 
 class SampleMixture(BaseFilter):
@@ -192,10 +207,11 @@ class SampleMixture(BaseFilter):
         self.plan, self.seed, self.key = plan, seed, key
         self.notes: list[str] = []
         self._epochs: dict[str, float] = {}
+        self._unwanted: set[str] = set()
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         plan = json.loads(Path(self.plan).read_bytes())
-        self._epochs, self.notes = plan["epochs"], plan["notes"]
+        self._epochs, self._unwanted, self.notes = plan["epochs"], set(plan["unwanted"]), plan["notes"]
         for doc in super().run(data, rank, world_size):
             again = range(2, self._copies(doc) + 1)
             text, identity, metadata = doc.text, doc.id, dict(doc.metadata)
@@ -206,10 +222,10 @@ class SampleMixture(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         if self._copies(doc):
             return True
-        return False, "over_represented" if self._epochs[_domain(doc, self.key)] else "no_share"
+        return False, "no_share" if _domain(doc, self.key) in self._unwanted else "over_represented"
 
     def _copies(self, doc: Document) -> int:
-        return copies(doc.id, self._epochs[_domain(doc, self.key)], self.seed)
+        return copies(_name(doc), self._epochs[_domain(doc, self.key)], self.seed)
 
 
 def _domain(doc: Document, key: str) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import os
 import types
 import typing
@@ -189,14 +190,18 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
-    kind = origin or hint
+    kind, parts = origin or hint, typing.get_args(hint)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if kind is tuple and len(parts) > 1 and Ellipsis not in parts:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(_fits, value, parts))
     if kind in (list, tuple, set):
-        return isinstance(value, list)
-    return isinstance(value, kind) if kind in (str, bool, dict, type(None)) else True
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value if parts)
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(item, part) for pair in value.items() for item, part in zip(pair, parts))
+    return isinstance(value, kind) if kind in (str, bool, type(None)) else True
 
 
 def _spelt(hint: Any) -> str:

@@ -27,23 +27,45 @@ from megatron_llama3.curation.plain_words import split_words
 from megatron_llama3.curation.steps import GlobalBlock, Search
 from megatron_llama3.curation.task_counts import read_task_counts, write_task_counts
 
-_EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
-_RESERVED_HOST = re.compile(
-    r"(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local|localdomain|domain|host|tld)$", re.IGNORECASE
+# Letters that names and hosts are written with; not Chinese and Japanese, in which an address stands without spaces around it.
+_LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u04ff"
+
+
+def _pattern(text: str) -> re.Pattern:
+    r"""In the text, `\l` in a class is any of those letters, and `\w` that, a digit or the underscore."""
+    return re.compile(text.replace(r"\w", rf"{_LETTERS}0-9_").replace(r"\l", _LETTERS))
+
+
+_EMAIL = _pattern(
+    r"(?<![\w.+-])[\l0-9][\w.+-]{0,63}@(?:[\l0-9](?:[\l0-9-]{0,61}[\l0-9])?\.)+(?:xn--[A-Za-z0-9-]{2,59}|[\l]{2,24})(?![\w-])"
 )
-_IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
-_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
-_HIGHEST_SECTION = 32  # numbers of versions and sections are smaller throughout; addresses are that hardly ever
-_CARD = re.compile(r"(?<![\w.-])[2-6]\d{3}(?:[ -]?\d{4}){2}[ -]?\d{1,7}(?![\w-]|\.\d)|(?<![\w.-])3[47]\d{2}[ -]?\d{6}[ -]?\d{5}(?![\w-])")
-_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
-_SOCIAL_SECURITY = re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
-_PHONE = re.compile(r"(?<![\w.:/+-])(?:\+\d{1,3}|\(?0\d|\(\d{3}\)|\d{3}(?=[ .-]\d{3}[ .-]\d{4}))[\d ()/.-]{5,20}\d(?![\w-]|\.\d)")
+# Set aside for examples, used in them all the same, or the endings of systemd's units, which are written name@instance.service.
+_NO_HOST = re.compile(
+    r"(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local|localdomain|domain|host|tld"
+    r"|service|timer|socket|mount|automount|slice|scope|device|swap|conf)$",
+    re.IGNORECASE,
+)
+_IPV4 = _pattern(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.[\w])")
+_IPV6 = _pattern(r"(?<![\w:.-])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
+_IPV6_ADDRESSES = ipaddress.ip_network("2000::/3")  # all that is given out; `DB::DB` and `::a` are names in programs
+_HIGHEST_SECTION = 64  # numbers of versions and sections are smaller throughout; addresses are that hardly ever
+# 16 digits, or as American Express and Diners write them; one kind of separator throughout.
+_CARD = _pattern(
+    r"(?<![\w./=-])(?:(?:2[2-7]|[45]\d|6\d)\d{2}([ -]?)\d{4}\1\d{4}\1\d{4}|3[47]\d{2}([ -]?)\d{6}\2\d{5}|3[068]\d{2}([ -]?)\d{6}\3\d{4})"
+    r"(?![\w-]|\.\d|[ -]\d{4})"
+)
+_IBAN = _pattern(r"(?<![\w])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![\w])")
+_SOCIAL_SECURITY = _pattern(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
+_PHONE = _pattern(
+    r"(?<![\w./+-])(?<!\d:)(?:\+\d{1,3}|\(?0\d|\(\d{3}\)|\d{3}(?=[ .-]\d{3}[ .-]\d{4}))[\d ()/.-]{5,20}\d(?![\w-]|\.\d|:\d)"
+)
 # Punctuation that telephone numbers are written with; a bare run of digits is one only behind a +.
 _ARITHMETIC = re.compile(r" - |(\d)\1{5}")
 _SEPARATOR = re.compile(r"\d[ ()/.-]+\d")
-_DATE_OR_DUMP = re.compile(r"\d\d?([-/.])\d\d?\1\d{4}|(?:\d\d[ -]){6,}\d\d.*")
+_DATE = re.compile(r"\(?\d\d?([-/.])\d\d?\1\d{4}(?:\D.*)?|\d\d-\d\d \d\d")
+_PAIRS = re.compile(r"\d\d(?:[ -]+\d\d)+")
+_PAIRS_OF_A_NUMBER = 5  # French ones; more or fewer are a dump of bytes
 _ZIP_CODE, _STATE = re.compile(r"\d{5}-\d{4}"), re.compile(r"\b[A-Z]{2}\s+$")  # the Free Software Foundation's is in every licence text
-_IPV6_ADDRESSES = ipaddress.ip_network("2000::/3")  # all that is given out; `DB::DB` and `::a` are names in programs
 
 
 class RemovePersonalData(BaseFilter):
@@ -62,6 +84,8 @@ class RemovePersonalData(BaseFilter):
         exclusion_writer: DiskWriter | None = None,
     ):
         super().__init__(exclusion_writer)
+        if unknown := set(phone_regions) - phonenumbers.SUPPORTED_REGIONS:
+            raise UserError(f"phone_regions: {', '.join(sorted(unknown))} is no region of libphonenumber's; give ISO 3166 codes such as GB")
         self.max_per_thousand_words = max_per_thousand_words
         self.phone_regions = list(phone_regions)
 
@@ -79,7 +103,7 @@ class RemovePersonalData(BaseFilter):
 def remove_personal_data(text: str, phone_regions: list[str] = ()) -> tuple[str, Counter[str]]:
     """The text with placeholders, and how many of each kind there were."""
     checks = [
-        ("email", _EMAIL, lambda match: not _RESERVED_HOST.search(match[0].rpartition("@")[2])),
+        ("email", _EMAIL, _is_persons_address),
         ("iban", _IBAN, lambda match: is_iban(match[0])),
         ("card", _CARD, lambda match: passes_luhn(match[0])),
         ("ssn", _SOCIAL_SECURITY, lambda match: True),
@@ -104,7 +128,7 @@ def passes_luhn(number: str) -> bool:
     """Whether the digits have a valid Luhn check digit; all alike (0000 ...) do not count."""
     digits = [int(c) for c in reversed(number) if c.isdigit()]
     doubled = (sum(divmod(2 * d, 10)) for d in digits[1::2])
-    return len(set(digits)) > 1 and 13 <= len(digits) <= 19 and (sum(digits[::2]) + sum(doubled)) % 10 == 0
+    return len(set(digits)) > 1 and (sum(digits[::2]) + sum(doubled)) % 10 == 0
 
 
 def is_iban(number: str) -> bool:
@@ -117,7 +141,7 @@ def is_phone_number(candidate: str, regions: list[str] = ()) -> bool:
     """Whether libphonenumber knows such a number: international ones with +, else written with separators as in one of the regions."""
     if not candidate.startswith("+") and (not _SEPARATOR.search(candidate) or _ARITHMETIC.search(candidate)):
         return False
-    if _DATE_OR_DUMP.fullmatch(candidate):
+    if _DATE.fullmatch(candidate) or (_PAIRS.fullmatch(candidate) and len(re.findall(r"\d\d", candidate)) != _PAIRS_OF_A_NUMBER):
         return False
     for region in [None] if candidate.startswith("+") else regions:
         try:
@@ -128,8 +152,15 @@ def is_phone_number(candidate: str, regions: list[str] = ()) -> bool:
     return False
 
 
+def _is_persons_address(match: re.Match) -> bool:
+    name, _, host = match[0].rpartition("@")
+    return name != "git" and not _NO_HOST.search(host)
+
+
 def _is_public_address(match: re.Match) -> bool:
-    if match.re is _IPV4 and all(int(part) < _HIGHEST_SECTION for part in match[0].split(".")):
+    if match.re is _IPV4 and (all(int(part) < _HIGHEST_SECTION for part in match[0].split(".")) or _is_heading(match)):
+        return False
+    if match.re is _IPV6 and len(re.findall(r"\w+", match[0])) < 2:
         return False
     try:
         address = ipaddress.ip_address(match[0])
@@ -138,6 +169,11 @@ def _is_public_address(match: re.Match) -> bool:
     if address.version == 4 and address.packed[-1] == 0:
         return False  # a network
     return address.is_global and not address.is_multicast and (address.version == 4 or address in _IPV6_ADDRESSES)
+
+
+def _is_heading(match: re.Match) -> bool:
+    """`43.7.2.1. Rules`, at the beginning of a line."""
+    return match.string[: match.start()].rpartition("\n")[2].strip() == "" and match.string[match.end() : match.end() + 1] == "."
 
 
 def _is_zip_code(match: re.Match) -> bool:
@@ -149,13 +185,15 @@ def host_of(url: object) -> str:
     if not isinstance(url, str):
         return ""
     try:
-        host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
+        host = urlsplit(url.strip() if "//" in url else f"//{url.strip()}").hostname or ""
     except ValueError:
         return ""
     if not host.isascii():
         with contextlib.suppress(idna.IDNAError):  # no name that DNS could have: compared as it is
             host = ".".join(label if label.isascii() else idna.encode(label, uts46=True).decode() for label in host.split("."))
-    return host.lower().removeprefix("www.").rstrip(".")
+    host = host.lower().rstrip(".")
+    shorter = host.removeprefix("www.")
+    return shorter if "." in shorter else host  # `www.com` is a host of that name
 
 
 class DomainBlockFilter(BaseFilter):
@@ -171,7 +209,7 @@ class DomainBlockFilter(BaseFilter):
         self.key = key
         self.domains = set()
         for entry in read_lists(lists, "lists"):
-            if re.search(r"[\s/*]", entry):
+            if re.search(r"[\s/*]", entry) or not host_of(entry):
                 raise UserError(
                     f"lists: '{entry}' is no domain; give one a line, such as example.org, which stands for all hosts below it too"
                 )

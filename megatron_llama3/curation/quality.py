@@ -33,6 +33,8 @@ class QualityFilter(BaseFilter):
     def __init__(
         self, model: str, min_score: float = 0.5, label: str = GOOD, batch_size: int = 64, exclusion_writer: DiskWriter | None = None
     ):
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} must be at least 1")
         super().__init__(exclusion_writer, batch_size)
         self.path, self.min_score = os.path.abspath(model), min_score
         self._column = column_of(load_classifier(model), label, model)

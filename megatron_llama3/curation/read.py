@@ -20,6 +20,7 @@ from megatron_llama3.data.preprocess_lines import BadRecordError, BlankLineError
 
 MAX_RECORD_BYTES = 256 << 20
 _FORMATS = ("jsonl", "files", "warc")
+_DECLARES_CHARSET = re.compile(rb"<meta[^>]*charset|<\?xml[^>]*encoding", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ class Input:
         """In the order given. Raises UserError for a path that is not there."""
         if self.format not in _FORMATS:
             raise UserError(f"input.format is {self.format!r}: choose from {', '.join(_FORMATS)}")
-        expanded = expand_inputs([os.path.abspath(path) for path in self.path], "auto" if self.format == "jsonl" else "text")
+        expanded = []
+        for path in self.path:
+            try:
+                expanded += expand_inputs([os.path.abspath(path)], "auto" if self.format == "jsonl" else "text")
+            except UserError as error:
+                raise UserError(f"input.path: {path}: nothing there to read as {self.format}") from error
         if wrong := [source.path for source in expanded if self.format == "jsonl" and source.kind != "jsonl"]:
             raise UserError(f"input.path: {wrong[0]} is not .jsonl, .json or .ndjson (also .gz, .zst); or 'format: files', 'warc'")
         return expanded
@@ -58,14 +64,15 @@ class ReadInput(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         with whole_file(task_file(self.rejected, rank, "jsonl")) as rejected:
             for source, start, end in shares(self.sources, rank, world_size, self.spec.format):
+                path = spelt(source.path)
                 for byte, found in self._read(source, start, end):
                     if isinstance(found, Document):
                         self.tally.enters(found)
                         self.tally.leaves(found)
                         yield found
                     else:
-                        rejected.write(orjson.dumps({"path": source.path, "byte": byte, "reason": found}, option=orjson.OPT_APPEND_NEWLINE))
-                        self.tally.drops(f"{source.path}:{byte}", found, re.split(": | at byte ", found)[0], 0)
+                        rejected.write(orjson.dumps({"path": path, "byte": byte, "reason": found}, option=orjson.OPT_APPEND_NEWLINE))
+                        self.tally.drops(f"{path}:{byte}", found, re.split(": | at byte ", found)[0], 0)
 
     def _read(self, source: Source, start: int, end: int) -> Iterator[tuple[int, Document | str]]:
         """(byte, a document or why there is none)."""
@@ -78,7 +85,7 @@ class ReadInput(PipelineStep):
                 if self.spec.format == "warc":
                     for byte, found in warc_pages(stream):
                         if isinstance(found, Document):
-                            found.metadata["file_path"] = source.path
+                            found.metadata["file_path"] = spelt(source.path)
                         yield byte, found
                     return
                 for begin, block in line_blocks(stream, start, end):
@@ -94,14 +101,14 @@ class ReadInput(PipelineStep):
         try:
             if len(content) > MAX_RECORD_BYTES:
                 raise BadRecordError(f"longer than {MAX_RECORD_BYTES >> 20} MiB")
-            text = content.decode()
+            text = decoded_file(content)
             if not text.strip():
                 raise BadRecordError("empty text")
         except UnicodeDecodeError as error:
             return f"invalid UTF-8 at byte {error.start}"
         except BadRecordError as error:
             return str(error)
-        return Document(text, source.path, metadata={"file_path": source.path})
+        return Document(text, spelt(source.path), metadata={"file_path": spelt(source.path)})
 
     def _line(self, source: Source, byte: int, line: bytes | str) -> Document | str | None:
         """The document, the reason why it is none, or None for a blank line."""
@@ -118,8 +125,25 @@ class ReadInput(PipelineStep):
         metadata = record.pop("metadata", None)
         identity = record.pop(self.spec.id_key, None)
         metadata = metadata if isinstance(metadata, dict) else {"metadata": metadata} if metadata is not None else {}
-        identity = f"{Path(source.path).name}:{byte}" if identity is None else str(identity)
-        return Document(text, identity, metadata={**metadata, **record, "file_path": source.path})
+        identity = spelt(f"{Path(source.path).name}:{byte}" if identity is None else str(identity))
+        return Document(text, identity, metadata={**metadata, **record, "file_path": spelt(source.path)})
+
+
+def spelt(name: str) -> str:
+    """A name as UTF-8 can spell it: the bytes of a path that are none, and lone surrogates, become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def decoded_file(content: bytes) -> str:
+    """UTF-8, or what the page says of itself. Raises UnicodeDecodeError for anything else."""
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        if not _DECLARES_CHARSET.search(content[:4096]):
+            raise
+        return bytes_to_str(content, detect_encoding(content, from_html_meta=True))
 
 
 def warc_pages(stream: BinaryIO) -> Iterator[tuple[int, Document | str]]:

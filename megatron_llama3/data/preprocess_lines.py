@@ -4,6 +4,7 @@
 it piece by piece, checking the JSON around them as strictly as a parser that sees it whole.
 """
 
+import codecs
 import io
 import json
 import re
@@ -163,6 +164,7 @@ def _string_piece(buffer: bytes, position: int) -> tuple[int, bytes, bool]:
 
 def parse_json(line: bytes) -> object:
     """One JSON value. NaN, Infinity and lone surrogates, which Python's own writer produces, are let through as its reader does."""
+    line = line.removeprefix(codecs.BOM_UTF8)
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -185,6 +187,8 @@ def describe_bad_json(line: bytes) -> str:
         return f"broken JSON: {error.msg} at character {error.pos}"
     except RecursionError:
         return "broken JSON: nested too deeply"
+    except ValueError:
+        return "broken JSON: a number of too many digits"
     return "broken JSON"
 
 

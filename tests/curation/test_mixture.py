@@ -1,5 +1,6 @@
 """The mix: plans by hand, sampling that meets the target and depends on nothing but ids and seed, labels, weights for --data-path."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from megatron_llama3.curation.mixture import PAPER_MIX, Mixture, copies, met_epo
 from megatron_llama3.curation.observe import Observed
 from tests.curation import planted
 from tests.curation.steps import both_passes, document
+from tests.tokenizer.vocabularies import small_vocabulary
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan_mixture.py"
 HAVE = {"general": 80_000, "reasoning": 4_000, "code": 9_000, "multilingual": 20_000}
@@ -123,6 +125,42 @@ def test_the_plan_and_a_shortage_are_noted_for_the_report(tmp_path):
         "b: 2 tokens, 3.8% of the mix (wanted: 50.0%), from 1: each document taken 2 times",
         "falls short: b: 1 tokens at 2 epochs give 2 of the 50 wanted",
     ]
+
+
+def test_documents_too_long_for_their_share_are_noted(tmp_path):
+    documents = [document("x" * 4000, f"general {i}", domain="general") for i in range(200)]
+    documents += [document("y" * 4_000_000, f"code {i}", domain="code") for i in range(3)]
+    block = Mixture({"general": 0.8, "code": 0.2}, tokens=200_000)
+    _, reasons = both_passes(block, documents, str(tmp_path))
+    assert {reasons[f"code {i}"] for i in range(3)} == {"over_represented"}
+    observed = Observed("mixture", block.apply(str(tmp_path)))
+    list(observed.run(iter([])))
+    assert observed.tally.notes[-1] == "code: planned were 40,000 tokens; its documents are too long to come closer than 0"
+
+
+def test_documents_of_one_id_do_not_share_their_fate(tmp_path):
+    documents = [document(f"{i} word" * 500, "same", domain="a") for i in range(400)]
+    kept, _ = both_passes(Mixture({"a": 1.0}, tokens=sum(map(size, documents)) // 4), documents, str(tmp_path))
+    assert len(kept) == pytest.approx(100, abs=2)
+
+
+def test_a_tokenizer_counts_the_tokens(tmp_path):
+    tokenizer = small_vocabulary()
+    tokenizer.save(tmp_path)
+    texts = {"a": "the law " * 100, "b": "of the sea 12345678 " * 100}
+    counts = {name: len(tokenizer.encode(text)) for name, text in texts.items()}
+    assert all(counts[name] != size(document(text)) for name, text in texts.items())
+    block = Mixture({"a": 1, "b": 1}, tokenizer=str(tmp_path / "tokenizer.model"), max_epochs=9)
+    both_passes(block, [document(text, name, domain=name) for name, text in texts.items()], str(tmp_path / "work"))
+    observed = Observed("mixture", block.apply(str(tmp_path / "work")))
+    list(observed.run(iter([])))
+    assert [int(re.search(r"from ([\d,]+)", note)[1].replace(",", "")) for note in observed.tally.notes[:2]] == list(counts.values())
+
+
+@pytest.mark.parametrize("arguments", [{"max_epochs": 0}, {"max_epochs": float("nan")}, {"tokens": 0}, {"seed": -1}])
+def test_numbers_that_mean_nothing_are_refused(arguments):
+    with pytest.raises(UserError, match="must be above 0"):
+        Mixture(**arguments)
 
 
 def test_labels_come_from_the_classifier_and_other_languages_from_theirs(tmp_path):

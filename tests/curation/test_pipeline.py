@@ -49,6 +49,41 @@ def test_mistakes(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "block, message",
+    [
+        ("language: {languages: {en: high}}", "languages is {'en': 'high'}: expected"),
+        ("language: {languages: [no, de]}", "languages is .False, 'de'.: expected"),  # YAML's no
+        ("language: {languages: [en, english]}", "languages: english is none the model knows"),
+        ("personal_data: {phone_regions: [UK]}", "phone_regions: UK is no region"),
+        ("mixture: {target: {general: x}}", "target is {'general': 'x'}: expected"),
+        ("mixture: {max_epochs: .nan}", "max_epochs is nan: expected float"),
+        ("mixture: {max_epochs: -1}", "max_epochs -1, .* must be above 0"),
+        ("minhash_dedup: {seed: -1}", "seed -1 at least 0"),
+        ("line_dedup: {spare: {domain: code}}", "spare is {'domain': 'code'}: expected"),
+        ("line_dedup: {spare: {domain: [1]}}", "spare is {'domain': .1.}: expected"),
+        ("decontaminate: {evaluation_sets: {}}", "there must be a set"),
+        ("decontaminate: {evaluation_sets: {q: quiz.jsonl}, ngram: 0}", "ngram 0"),
+        ("gopher_repetition: {top_n_grams: [2, 0.2]}", "top_n_grams is .2, 0.2.: expected"),
+        ("duplicate_ngrams: {line_ngram: 0}", "line_ngram 0, .* must be at least 1"),
+        ("duplicate_ngrams: {ngrams: [[5]]}", "ngrams is ..5..: expected"),
+        ("dirty_words: {words: []}", "words: names no file"),
+        ("blocked_domains: {lists: []}", "lists: names no file"),
+    ],
+)
+def test_arguments_that_no_run_could_use(tmp_path, block, message):
+    path = write_pipeline(tmp_path, f"input: {{path: corpus}}\nblocks:\n- {block}\n")
+    with pytest.raises(UserError, match=rf"blocks\[1\]\.\w+: .*{message}") as error:
+        load_pipeline(path)
+    assert "\n" not in str(error.value)
+
+
+def test_lists_of_pairs_fit(tmp_path):
+    text = "input: {path: corpus}\nblocks:\n- duplicate_ngrams: {ngrams: [[5, 1]]}\n- gopher_repetition: {top_n_grams: [[2, 0.2], [3, 0.18]]}\n"
+    text += "- language: {languages: {en: 1, ja: 0.5}}\n- line_dedup: {spare: {domain: [code]}}\n"
+    assert len(load_pipeline(write_pipeline(tmp_path, text)).blocks) == 4
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml: No such file"):
         load_pipeline(str(tmp_path / "none.yaml"))

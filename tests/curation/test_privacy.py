@@ -1,5 +1,6 @@
 """Personal data: every kind in every form goes, look-alikes stay; lists of people, blocked and chatty domains are dropped."""
 
+import re
 from random import Random
 
 import idna
@@ -32,16 +33,36 @@ def test_each_kind_is_replaced_in_running_text(seed):
         assert remove_personal_data(f"({item}).", REGIONS)[0] == f"([{kind}])."
 
 
+@pytest.mark.parametrize(
+    "text, cleaned",
+    [
+        ("Tel:+49 30 2345678, Fax:01 42 68 53 00", "Tel:[phone], Fax:[phone]"),
+        ("tel:+1-212-555-1212 or Phone:212-555-1212", "tel:[phone] or Phone:[phone]"),
+        ("<joe@web.de>; mailto:jane@web.de?subject=x", "<[email]>; mailto:[email]?subject=x"),
+        ("ünal@web.de, joe@bücher.de, иван@почта.рф and joe@mail.xn--p1ai", "[email], [email], [email] and [email]"),
+        ("请联系joe@web.de谢谢、電話は03-3212-2345まで", "请联系[email]谢谢、電話は[phone]まで"),
+        ("cards 5500 0000 0000 0004, 6011-0000-0000-0004, 3056 930902 5904", "cards [card], [card], [card]"),
+    ],
+)
+def test_without_spaces_and_beyond_ascii(text, cleaned):
+    assert remove_personal_data(text, [*REGIONS, "FR", "JP"])[0] == cleaned
+
+
 @pytest.mark.parametrize("item", planted.NO_PERSONAL_DATA)
 def test_look_alikes_stay(item):
-    text = f"before {item} after"
-    assert remove_personal_data(text, REGIONS) == (text, {})
+    for text in (f"before {item} after", item, f"{item}\n"):
+        assert remove_personal_data(text, [*REGIONS, "FR", "GB"]) == (text, {})
 
 
 def test_ipv6_and_american_express():
     for address in ("2a00:1450:4001:81b::200e", "2001:4860:4860:0:0:0:0:8888", "2606:4700::1111"):
         assert remove_personal_data(f"at {address} now")[0] == "at [ip] now"
     assert remove_personal_data("3782 822463 10005")[0] == "[card]"
+
+
+def test_regions_are_checked():
+    with pytest.raises(UserError, match="phone_regions: UK, XX is no region"):
+        RemovePersonalData(phone_regions=["UK", "XX", "DE"])
 
 
 def test_checksums():
@@ -68,7 +89,13 @@ def test_counts_are_left_and_lists_of_people_go():
 def test_blocked_domains(tmp_path):
     (tmp_path / "list.txt").write_text("# unsafe\nbad.example\nwww.worse.example.org\n")
     step = DomainBlockFilter(str(tmp_path / "list.txt"))
-    for url in ["http://bad.example/a", "https://www.bad.example:8080", "https://cdn.BAD.example/x?y", "worse.example.org/z"]:
+    for url in [
+        "http://bad.example/a",
+        "https://www.bad.example:8080",
+        "https://cdn.BAD.example/x?y",
+        "worse.example.org/z",
+        "http://ｂａｄ.example/",
+    ]:
         assert judge(step, "text", url=url)[0] == "blocked_domain", url
     for url in [
         "http://notbad.example/",
@@ -82,9 +109,14 @@ def test_blocked_domains(tmp_path):
     ]:
         assert judge(step, "text", url=url)[0] is None, url
     assert judge(step, "text")[0] is None
-    (tmp_path / "hosts").write_text("0.0.0.0 bad.example\n")
-    with pytest.raises(UserError, match=r"'0\.0\.0\.0 bad\.example' is no domain"):
-        DomainBlockFilter(str(tmp_path / "hosts"))
+    for entry in ("0.0.0.0 bad.example", "...", "*.bad.example", "http://bad.example/"):
+        (tmp_path / "hosts").write_text(f"{entry}\n")
+        with pytest.raises(UserError, match=re.escape(f"'{entry}' is no domain")):
+            DomainBlockFilter(str(tmp_path / "hosts"))
+    (tmp_path / "hosts").write_text("www.com\n")
+    assert judge(DomainBlockFilter(str(tmp_path / "hosts")), "text", url="http://good.com/")[0] is None
+    assert judge(DomainBlockFilter(str(tmp_path / "hosts")), "text")[0] is None
+    assert judge(step, "text", url=" http://bad.example/a ")[0] == "blocked_domain"
     with pytest.raises(UserError, match="cannot be read"):
         DomainBlockFilter([str(tmp_path / "list.txt"), str(tmp_path / "none.txt")])
     assert host_of("https://user@www.A.org:8/x") == "a.org"

@@ -1,6 +1,7 @@
 """Every line of the input is a document or a listed rejection, and tasks share it without gap or overlap."""
 
 import gzip
+import os
 
 import orjson
 import pytest
@@ -18,6 +19,7 @@ BROKEN = [
     (b'{"text": ""}', "empty text in 'text'"),
     (b"[1, 2]", "not a JSON object but list"),
     (b'{"text": "\\ud800"}', "lone surrogate in 'text'"),
+    (b'{"text": "a", "x": ' + b"9" * 5000 + b"}", "broken JSON"),
 ]
 
 
@@ -53,7 +55,7 @@ def test_broken_lines_are_counted_and_listed(corpus, tmp_path):
     found, rejected, reasons = read(Input((str(corpus),)), tmp_path / "rejected", 1)
     assert [document.text for document in found] == [prose(100 * n + seed, 30) for n in range(3) for seed in range(20)]
     assert found[0].metadata == {"date": 1, "url": "u0", "file_path": str(corpus / "a.jsonl")}
-    assert reasons == {reason: 3 for _, reason in BROKEN}
+    assert reasons == {reason: 3 * sum(other == reason for _, other in BROKEN) for _, reason in BROKEN}
     content = (corpus / "a.jsonl").read_bytes()
     for row, (line, reason) in zip(rejected, BROKEN):
         assert content[row["byte"] :].startswith(line + b"\n")
@@ -70,6 +72,19 @@ def test_any_number_of_tasks_reads_the_same(corpus, tmp_path, tasks):
 def test_ids_are_kept_and_made_text(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"id": 7, "text": "seven"}, {"text": "none"}])
     assert [document.id for document in read(Input((str(path),)), tmp_path / "r", 1)[0]] == ["7", f"a.jsonl:{len(path.read_bytes()) - 17}"]
+
+
+def test_names_that_utf8_cannot_spell_become_escapes(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "\\ud800", "text": "one"}\n')
+    (tmp_path / "in" / os.fsdecode(b"b\xff.jsonl")).write_bytes(b'{"text": "two"}\n{"text": ""}\n')
+    for tasks in (1, 3):
+        found, rejected, _ = read(Input((str(tmp_path / "in"),)), tmp_path / str(tasks), tasks)
+        assert [(document.id, document.text) for document in found] == [("\\ud800", "one"), ("b\\udcff.jsonl:0", "two")]
+        assert found[1].metadata["file_path"] == rejected[0]["path"] == str(tmp_path / "in" / "b\\udcff.jsonl")
+    (tmp_path / "in" / os.fsdecode(b"b\xff.jsonl")).write_bytes(b"")
+    found, rejected, _ = read(Input((str(tmp_path / "in"),), format="files"), tmp_path / "files", 1)
+    assert (len(found), rejected[0]["reason"]) == (1, "empty text")
 
 
 def test_a_damaged_file_is_reported_and_the_next_one_read(tmp_path):
@@ -89,9 +104,10 @@ def test_files_as_documents(tmp_path):
     (folder / "b.1.gz").write_bytes(gzip.compress("zwei ä".encode()))
     (folder / "c.bin").write_bytes(b"\x80\x81")
     (folder / "d.txt").write_bytes(b"")
+    (folder / "e.html").write_bytes('<meta charset="iso-8859-1"><p>café'.encode("latin-1"))
     for tasks in (1, 3):
         found, rejected, reasons = read(Input((str(folder),), format="files"), tmp_path / str(tasks), tasks)
-        assert [document.text for document in found] == ["<p>one\n", "zwei ä"]
+        assert [document.text for document in found] == ["<p>one\n", "zwei ä", '<meta charset="iso-8859-1"><p>café']
         assert reasons == {"invalid UTF-8": 1, "empty text": 1}
         assert len(rejected) == 2
 
