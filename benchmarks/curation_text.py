@@ -20,6 +20,11 @@ MANUAL_FOLDERS = {
     "cs": "man/cs",
     "da": "man/da",
     "uk": "man/uk",
+    "pt": "man/pt_BR",
+    "sv": "man/sv",
+    "tr": "man/tr",
+    "hu": "man/hu",
+    "fi": "man/fi",
 }
 
 
@@ -47,10 +52,14 @@ SITES = (
     Site("doc/erlang-doc/lib/*/doc/html/*.html", "#content", ("Expand All", "Contract All")),
     Site("doc/libboost1.74-doc/doc/html/**/*.html", _DOCBOOK, ("Distributed under the Boost Software License", "People</a>")),
     Site("doc/exim4-doc-html/spec_html/*.html", "#chapter", ("Website design by", "Mailing Lists")),
+    Site("doc/bind9-doc/arm/*.html", "div.document", ("View page source", "Internet Systems Consortium")),
+    Site("cppreference/doc/html/en/**/*.html", "#mw-content-text", ("From cppreference.com",)),
+    Site("debian-reference/ch*.en.html", _DOCBOOK, ("Prev</a>",)),
+    Site("doc/installation-guide-amd64/en/ch*.html", _DOCBOOK, ("Prev</a>",)),
 )
 NOT_CONTENT = (
     "script, style, .headerlink, .mark, .toc, .toctree-wrapper, .contents, .navfooter, "
-    "#quickview, .toplang, .bottomlang, .lang-toggle, .top"
+    "#quickview, .toplang, .bottomlang, .lang-toggle, .top, .t-navbar, .editsection"
 )
 _SPECIAL = {
     "(co": "©",

@@ -7,9 +7,7 @@ lines have `label` instead. A tenth is held out, and what the model makes of it 
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -56,16 +54,13 @@ def main() -> None:
 
 
 def read_examples(flags: argparse.Namespace) -> tuple[list[str], list[str]]:
-    from megatron_llama3.curation.quality import BAD, GOOD, read_judgements
+    from megatron_llama3.curation.quality import BAD, GOOD, read_judgements, read_labels
 
     if flags.judgements:
         judged = read_judgements(flags.judgements, flags.documents)
         return [text for text, _ in judged], [GOOD if score >= flags.min_score else BAD for _, score in judged]
-    try:
-        records = [json.loads(line) for line in Path(flags.domains).read_text(encoding="utf-8").split("\n") if line.strip()]
-        return [record["text"] for record in records], [record["label"] for record in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--domains {flags.domains}: needs JSONL lines with text and label ({error!r})") from error
+    labelled = read_labels(flags.domains)
+    return [text for text, _ in labelled], [label for _, label in labelled]
 
 
 def train(flags: argparse.Namespace, texts: list[str], labels: list[str]):

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,14 @@ def load_classifier(path: str | Path):
         return classifier_class(kind).from_arrays(config, arrays)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"model {path}: its weights do not fit its configuration ({error}); train it again") from error
+
+
+def load_for_task(path: str | Path):
+    """As `load_classifier`, where many tasks run on a machine: each is one core, and so the numbers are the same on all of them."""
+    classifier = load_classifier(path)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    return classifier
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:

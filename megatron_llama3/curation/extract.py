@@ -29,7 +29,7 @@ _OUTSIDE = (
     "sponsor(?:ed)?|promo|promotion|popup|modal|pagination|pager|masthead|copyright|footer|sitefooter|disqus|login|editsection|mw-editsection|printfooter|"
     "catlinks|noprint|headerlink|linenos|lineno|gutter"
 )
-_BESIDE = "sidebar|sphinxsidebar|related|recommended|toc|overlay|skip|widget|toolbar|tagline|slogan|languages|toplang|bottomlang|switcher"
+_BESIDE = "sidebar|sphinxsidebar|related(?![_-]work)|recommended|toc|overlay|skip|widget|toolbar|tagline|slogan|toplang|bottomlang"
 _BANNER_NAME, _OUTSIDE_NAME, _BESIDE_NAME = (
     re.compile(rf"(?:^|[\s_-])(?:{names})(?:$|[\s_-])", re.IGNORECASE) for names in ("cookies?|consent|gdpr", _OUTSIDE, _BESIDE)
 )
@@ -38,15 +38,20 @@ _BLOCKS = {"ul", "ol", "dl", "table", "div", "p", "section", "center"}
 _MOSTLY = 0.5  # an element with more than this share of the page's text is the page, whatever it is called
 _MENU_LINKS, _MENU_SHARE = 3, 0.8
 _PROSE, _LABEL, _SOME_LINKS = 600, 40, 0.3  # this much text, with fewer links, is content in spite of its element's name
+# What a site says of itself, in a line of its own; phrases that prose has too count only in a short one.
 _BOILERPLATE_LINE = re.compile(
-    r"we use cookies|uses? cookies to|accept (?:all )?cookies|cookie (?:policy|settings|preferences)|privacy policy|"
-    r"terms of (?:use|service)|all rights reserved|alle rechte vorbehalten|tous droits réservés|"
-    r"diese (?:web)?site (?:benutzt|verwendet) cookies|"
-    r"ce site utilise des cookies|share (?:this|on)\b|subscribe to our|sign up for our|enable javascript|skip to (?:main )?content|"
-    r"click here to|^(?:this page )?(?:was )?last (?:modified|updated|edited|changed) |^(?:©|\(c\)|copyright)\s*(?:19|20)\d\d",
+    r"\b(?:we|(?:this|our|the) (?:web ?)?(?:site|page|service|shop|platform)s?) (?:also )?uses? cookies|accept (?:all )?cookies|"
+    r"cookie (?:settings|preferences)|all rights reserved|alle rechte vorbehalten|tous droits réservés|"
+    r"diese (?:web)?site (?:benutzt|verwendet) cookies|ce site utilise des cookies|"
+    r"subscribe to our|sign up for our|enable javascript|skip to (?:main )?content|"
+    r"^(?:this page )?(?:was )?last (?:modified|updated|edited|changed)\b.{0,30}\d|"
+    r"^(?:©|\(c\)|copyright)\s*(?:©|\(c\))?\s*(?:19|20)\d\d(?:[\s,–-]|\d{4})*(?:(?-i:[A-Z(])|by\b|$)",
     re.IGNORECASE,
 )
-_LONGEST_BOILERPLATE_LINE = 250
+_SHORT_BOILERPLATE_LINE = re.compile(
+    r"privacy policy|cookie policy|terms of (?:use|service)|share (?:this|on)\b|click here to", re.IGNORECASE
+)
+_LONGEST_BOILERPLATE_LINE, _SHORT = 250, 80
 # A mark is a number between two private characters that no page uses for text.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
@@ -201,6 +206,8 @@ def _clean_lines(text: str) -> str:
     lines = []
     for line in text.split("\n"):
         if len(line) <= _LONGEST_BOILERPLATE_LINE and _BOILERPLATE_LINE.search(line):
+            continue
+        if len(line) <= _SHORT and _SHORT_BOILERPLATE_LINE.search(line):
             continue
         lines.append(without_markdown(line).rstrip())
     return _EMPTY_LINES.sub("\n\n", "\n".join(lines))

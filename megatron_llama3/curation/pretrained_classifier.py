@@ -61,19 +61,21 @@ class PretrainedClassifier:
     def _untrained(cls, base: str, names: list[str]) -> "PretrainedClassifier":
         try:
             tokenizer = AutoTokenizer.from_pretrained(base)
-            model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(names))
-        except (OSError, ValueError, KeyError) as error:
+            model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(names), ignore_mismatched_sizes=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--pretrained {base}: no encoder and tokenizer of Hugging Face's can be read from it ({reason})") from error
         if not tokenizer.is_fast or tokenizer.pad_token_id is None:
             raise UserError(f"--pretrained {base}: its tokenizer must have a tokenizer.json and a padding token")
-        longest = min(tokenizer.model_max_length, _LONGEST)
+        # RoBERTa's positions begin behind its padding id.
+        positions = getattr(model.config, "max_position_embeddings", _LONGEST) - (tokenizer.pad_token_id + 1)
+        longest = min(tokenizer.model_max_length, positions, _LONGEST)
         config = PretrainedConfig(names, model.config.to_dict(), tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token_id, longest)
         return cls(config, model)
 
     def _logits(self, texts: Sequence[str]) -> torch.Tensor:
         """[texts, labels]."""
-        encoded = self._tokenizer.encode_batch(list(texts))
+        encoded = self._tokenizer.encode_batch([text.encode("utf-8", "replace").decode() for text in texts])
         ids = torch.tensor([text.ids for text in encoded], device=self.device)
         mask = torch.tensor([text.attention_mask for text in encoded], device=self.device)
         return self.model(input_ids=ids, attention_mask=mask).logits

@@ -4,7 +4,9 @@ A judge (the paper asked Llama 2 chat whether a document meets stated requiremen
 elsewhere, and `score`.
 """
 
+import io
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.curation.classifier_file import load_classifier
+from megatron_llama3.curation.classifier_file import load_classifier, load_for_task
+from megatron_llama3.data.preprocess_inputs import decompression_errors, open_source
 
 GOOD, BAD = "good", "bad"
 
@@ -45,7 +48,7 @@ class QualityFilter(BaseFilter):
 
     def filter_batch(self, batch: list[Document]) -> list[bool | tuple[bool, str]]:
         if self._model is None:
-            self._model = load_classifier(self.path)
+            self._model = load_for_task(self.path)
         scores = self._model.probabilities([doc.text for doc in batch])[:, self._column]
         for doc, score in zip(batch, scores):
             doc.metadata["quality_score"] = round(float(score), 4)
@@ -65,30 +68,45 @@ def read_judgements(path: str, documents: str | None = None) -> list[tuple[str, 
 
     Raises UserError for a line without a score, or whose text is nowhere.
     """
-    texts = {record["id"]: record["text"] for _, record in _records(documents, "id", "text")} if documents else {}
+    texts = {str(record["id"]): record["text"] for _, record in _records(documents, "id", "text")} if documents else {}
     judged = []
     for number, record in _records(path, "score"):
-        text = record.get("text", texts.get(record.get("id")))
+        text = record.get("text", texts.get(str(record.get("id"))))
         if not isinstance(text, str):
             raise UserError(f"{path}, line {number}: id {record.get('id')!r} has no text here nor in --documents {documents}")
         try:
-            judged.append((text, float(record["score"])))
+            score = float(record["score"])
         except (TypeError, ValueError):
-            raise UserError(f"{path}, line {number}: score {record['score']!r} is no number") from None
+            score = math.nan
+        if not math.isfinite(score):
+            raise UserError(f"{path}, line {number}: score {record['score']!r} is no number")
+        judged.append((text, score))
     return judged
 
 
+def read_labels(path: str) -> list[tuple[str, str]]:
+    """(text, label) of each line of JSONL. Raises UserError for a line that lacks one of them, or where it is no text."""
+    labelled = []
+    for number, record in _records(path, "text", "label"):
+        if not isinstance(record["text"], str) or not isinstance(record["label"], str):
+            raise UserError(f"{path}, line {number}: text and label must both be strings")
+        labelled.append((record["text"], record["label"]))
+    return labelled
+
+
 def _records(path: str, *keys: str) -> Iterator[tuple[int, dict]]:
+    """(line, record) of JSONL, also .gz and .zst, as curate_data.py writes it."""
+    suffix = Path(path).suffix
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with io.TextIOWrapper(open_source(path, suffix if suffix in (".gz", ".zst") else ""), encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     record = json.loads(line)
                     if not isinstance(record, dict) or any(key not in record for key in keys):
                         raise UserError(f"{path}, line {number}: no JSON object with {' and '.join(keys)}")
                     yield number, record
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (*decompression_errors(), OSError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except ValueError as error:
         raise UserError(f"{path}: a line is no JSON ({error})") from error
 

@@ -26,12 +26,48 @@ def test_planted_boilerplate_goes_and_all_the_text_stays(seed):
         '<div class="toplang"><p>Available languages: <a href="de">Deutsch</a> | <a href="fr">français</a></p></div>',
         "<p>Last updated 2024-05-31 00:35:55 UTC</p>",
         "<p><i>This page was last modified on 2 May 2020.</i></p>",
+        "<p>Last edited by a user on 3 May 2021</p>",
+        "<p>Last changed: 2019-01-01</p>",
+        "<p>Copyright © 2005-2007 Some People, Others</p>",
+        "<p>(c) 2020 by me</p>",
+        "<p>Our website uses cookies.</p>",
+        "<p>Read our privacy policy and the terms of use.</p>",
     ],
 )
 def test_what_stands_around_the_text_of_documentation(markup):
     prose = "The view is removed, and no data of the tables below it is changed. It was last updated by the statement before. " * 4
     page = f"<body>{markup}<div><h2>A view</h2><p>{prose}</p></div>{markup}</body>"
     assert html_to_text(page) == f"A view\n\n{prose.strip()}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Last modified files are listed first by the command when no option is given to it.",
+        "Last Modified Time",
+        "Copyright 1997 was the year in which the act changed the law of England.",
+        "A session uses cookies to keep the state of the user between two requests of HTTP.",
+        "A privacy policy tells users which data a service collects, for what, for how long, and whom they can ask.",
+        f"{'All that was said of it by the court is in the report. ' * 5}All rights reserved were those of the crown.",
+    ],
+)
+def test_prose_about_such_things_stays(line):
+    prose = "<p>A paragraph before it that says something else.</p>"
+    assert line in html_to_text(f"<body><article>{prose}<p>{line}</p>{prose}</article></body>")
+    assert line in html_to_text(f"<body><article>{prose}<dl><dt>{line}</dt><dd>What it means.</dd></dl>{prose}</article></body>")
+
+
+def test_related_work_is_no_related_posts():
+    work, posts = (f'<div class="{name}"><h2>Related</h2><a href="a">An older one</a></div>' for name in ("related-work", "related-posts"))
+    text = html_to_text(f"<body><article><p>{'The text of the article. ' * 20}</p>{work}<hr>{posts}</article></body>")
+    assert text.count("An older one") == 1
+
+
+def test_what_is_most_of_a_page_is_the_page():
+    """Whatever its name: 600 characters of 1,000; of 400 it is what it is called."""
+    page = '<body><div class="promo"><p>{}</p></div><div><p>{}</p></div></body>'
+    assert "offered" in html_to_text(page.format("It is offered here. " * 20, "The other text. " * 15))
+    assert "offered" not in html_to_text(page.format("It is offered here. " * 15, "The other text. " * 30))
 
 
 def test_content_in_spite_of_its_name():

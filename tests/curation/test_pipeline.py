@@ -79,7 +79,8 @@ def test_arguments_that_no_run_could_use(tmp_path, block, message):
 
 
 def test_lists_of_pairs_fit(tmp_path):
-    text = "input: {path: corpus}\nblocks:\n- duplicate_ngrams: {ngrams: [[5, 1]]}\n- gopher_repetition: {top_n_grams: [[2, 0.2], [3, 0.18]]}\n"
+    text = "input: {path: corpus}\nblocks:\n- duplicate_ngrams: {ngrams: [[5, 1]]}\n"
+    text += "- gopher_repetition: {top_n_grams: [[2, 0.2], [3, 0.18]]}\n"
     text += "- language: {languages: {en: 1, ja: 0.5}}\n- line_dedup: {spare: {domain: [code]}}\n"
     assert len(load_pipeline(write_pipeline(tmp_path, text)).blocks) == 4
 

@@ -8,12 +8,13 @@ from random import Random
 
 import numpy as np
 import pytest
+import zstandard
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.curation.classifier_file import load_classifier, save_classifier
 from megatron_llama3.curation.encoder_classifier import EncoderClassifier
 from megatron_llama3.curation.linear_classifier import LinearClassifier
-from megatron_llama3.curation.quality import QualityFilter, ranking_quality, read_judgements
+from megatron_llama3.curation.quality import QualityFilter, ranking_quality, read_judgements, read_labels
 from tests.curation import planted
 from tests.curation.steps import document, judge
 
@@ -153,9 +154,35 @@ def test_judgements_have_texts_or_ids(tmp_path):
         ([{"id": "b", "score": 1}], "line 1: id 'b' has no text"),
         ([{"text": "x", "score": 1}, {"text": "x"}], "line 2: no JSON object with score"),
         ([{"text": "x", "score": "good"}], "score 'good' is no number"),
+        ([{"text": "x", "score": float("nan")}], "score nan is no number"),
+        ([{"id": [1], "score": 1}], r"line 1: id \[1\] has no text"),
     ]:
         with pytest.raises(UserError, match=message):
             read_judgements(_write(tmp_path / "bad.jsonl", records), documents)
+
+
+def test_documents_may_be_what_a_curation_wrote(tmp_path):
+    documents = Path(_write(tmp_path / "00000.jsonl", [{"id": 7, "text": "A text"}]))
+    judged = _write(tmp_path / "judged.jsonl", [{"id": "7", "score": 4}])
+    (tmp_path / "00000.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(documents.read_bytes()))
+    assert read_judgements(judged, str(tmp_path / "00000.jsonl.zst")) == [("A text", 4.0)]
+    (tmp_path / "00000.jsonl.zst").write_bytes(b"no archive")
+    with pytest.raises(UserError, match=r"00000\.jsonl\.zst: cannot be read"):
+        read_judgements(judged, str(tmp_path / "00000.jsonl.zst"))
+
+
+def test_labels_are_texts(tmp_path):
+    assert read_labels(_write(tmp_path / "a.jsonl", [{"text": "x", "label": "code"}])) == [("x", "code")]
+    for record in ({"text": "x", "label": 3}, {"text": None, "label": "a"}, {"text": "x"}):
+        with pytest.raises(UserError, match=r"a\.jsonl, line 2: "):
+            read_labels(_write(tmp_path / "a.jsonl", [{"text": "x", "label": "code"}, record]))
+
+
+def test_classes_of_unequal_size_weigh_the_same():
+    """Texts that say nothing: of 90 good and 10 bad ones, each class has half of the probability."""
+    texts, labels = ["the same text"] * 100, ["good"] * 90 + ["bad"] * 10
+    for model in (LinearClassifier.train_on(texts, labels, buckets=1 << 10), EncoderClassifier.train_on(texts, labels, **SMALL_ENCODER)):
+        assert model.probabilities(["the same text"]).min() > 0.3  # 0.1 without weights
 
 
 @pytest.mark.slow
