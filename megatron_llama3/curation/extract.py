@@ -27,11 +27,12 @@ _BOILERPLATE_ROLES = {"navigation", "banner", "contentinfo", "search", "dialog",
 _OUTSIDE = (
     "breadcrumbs?|navbar|navigation|navlinks?|navheader|navfooter|docnav|share|sharing|social|newsletter|subscribe|signup|advert|advertisement|ads|"
     "sponsor(?:ed)?|promo|promotion|popup|modal|pagination|pager|masthead|copyright|footer|sitefooter|disqus|login|editsection|mw-editsection|printfooter|"
-    "catlinks|noprint|headerlink|linenos|lineno|gutter"
+    "catlinks|siteSub|contentSub|noprint|headerlink|linenos|lineno|gutter"
 )
 _BESIDE = "sidebar|sphinxsidebar|related(?![_-]work)|recommended|toc|overlay|skip|widget|toolbar|tagline|slogan|toplang|bottomlang"
-_BANNER_NAME, _OUTSIDE_NAME, _BESIDE_NAME = (
-    re.compile(rf"(?:^|[\s_-])(?:{names})(?:$|[\s_-])", re.IGNORECASE) for names in ("cookies?|consent|gdpr", _OUTSIDE, _BESIDE)
+_BANNER_NAME, _OUTSIDE_NAME, _BESIDE_NAME, _NOTE_NAME = (
+    re.compile(rf"(?:^|[\s_-])(?:{names})(?:$|[\s_-])", re.IGNORECASE)
+    for names in ("cookies?|consent|gdpr", _OUTSIDE, _BESIDE, "footnotes?|notes?|admonition|warning|tip|callout")
 )
 _CONTENT_TAGS = {"main", "article", "h1"}
 _BLOCKS = {"ul", "ol", "dl", "table", "div", "p", "section", "center"}
@@ -161,7 +162,9 @@ def _prune(element, most: float, kept: list[str], in_link: bool = False, depth: 
     if depth > _DEEPEST:
         raise ValueError(f"elements nested more than {_DEEPEST} deep")
     size = _Size(is_content=element.tag in _CONTENT_TAGS)
-    in_link = in_link or element.tag == "a"
+    # Without href it is a place to link to; written <a id="x"/>, it takes in all that follows.
+    is_link = element.tag == "a" and bool(element.getattr("href"))
+    in_link = in_link or is_link
     for child in element.child_nodes[:]:
         if child.type != ELEMENT:
             size.text += _length(_put_back(child.value or "", kept)) if child.type == TEXT else 0
@@ -171,7 +174,7 @@ def _prune(element, most: float, kept: list[str], in_link: bool = False, depth: 
             child.remove()
         else:
             size.add(below)
-    if element.tag == "a":
+    if is_link:
         size.links, size.link_text = 1, size.text
     return size
 
@@ -188,7 +191,8 @@ def _is_boilerplate(element, size: _Size, most: float, in_link: bool) -> bool:
         return True
     if size.text > most:
         return False
-    is_boilerplate = element.tag in _BOILERPLATE_TAGS or (element.getattr("role") or "") in _BOILERPLATE_ROLES
+    is_note = element.tag == "aside" and _NOTE_NAME.search(element.class_name or "")
+    is_boilerplate = (element.tag in _BOILERPLATE_TAGS and not is_note) or (element.getattr("role") or "") in _BOILERPLATE_ROLES
     return is_boilerplate or _is_named_boilerplate(element, size)
 
 

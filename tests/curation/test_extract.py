@@ -57,6 +57,22 @@ def test_prose_about_such_things_stays(line):
     assert line in html_to_text(f"<body><article>{prose}<dl><dt>{line}</dt><dd>What it means.</dd></dl>{prose}</article></body>")
 
 
+def test_anchors_that_are_never_closed_are_no_links():
+    part = '<div class="section"><h2><a id="a{0}"/>Part {0}</h2><p>Some text of part {0}, and more of it.</p><pre>code {0}</pre></div>'
+    text = html_to_text(f"<body><div class='chapter'>{''.join(map(part.format, range(6)))}</div></body>")
+    for i in range(6):
+        assert f"Some text of part {i}, and more of it." in text
+        assert f"code {i}" in text
+
+
+def test_notes_beside_the_text_belong_to_it():
+    page = "<body><article><p>{}</p></article><aside {{}}><p>A word on that, 1998.</p></aside></body>".format("The text says so. " * 9)
+    for name in ('class="footnote brackets"', 'class="admonition tip"'):
+        assert "A word on that" in html_to_text(page.format(name))
+    for name in ("", 'class="promo"', 'class="sidenav"'):
+        assert "A word on that" not in html_to_text(page.format(name))
+
+
 def test_related_work_is_no_related_posts():
     work, posts = (f'<div class="{name}"><h2>Related</h2><a href="a">An older one</a></div>' for name in ("related-work", "related-posts"))
     text = html_to_text(f"<body><article><p>{'The text of the article. ' * 20}</p>{work}<hr>{posts}</article></body>")
