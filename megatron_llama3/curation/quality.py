@@ -73,7 +73,8 @@ def read_judgements(path: str, documents: str | None = None) -> list[tuple[str, 
     for number, record in _records(path, "score"):
         text = record.get("text", texts.get(str(record.get("id"))))
         if not isinstance(text, str):
-            raise UserError(f"{path}, line {number}: id {record.get('id')!r} has no text here nor in --documents {documents}")
+            where = f"nor in --documents {documents}" if documents else "and there is no --documents"
+            raise UserError(f"{path}, line {number}: id {record.get('id')!r} has no text here {where}")
         try:
             score = float(record["score"])
         except (TypeError, ValueError):
