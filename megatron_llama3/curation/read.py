@@ -1,5 +1,6 @@
 """The input, cut into tasks by bytes. What is no document is listed with the reason: never fatal, never dropped in silence."""
 
+import json
 import os
 import re
 import sys
@@ -126,12 +127,21 @@ class ReadInput(PipelineStep):
         identity = record.pop(self.spec.id_key, None)
         metadata = metadata if isinstance(metadata, dict) else {"metadata": metadata} if metadata is not None else {}
         identity = spelt(f"{Path(source.path).name}:{byte}" if identity is None else str(identity))
-        return Document(text, identity, metadata={**metadata, **record, "file_path": spelt(source.path)})
+        return Document(text, identity, metadata={**_spelt_out({**metadata, **record}), "file_path": spelt(source.path)})
 
 
 def spelt(name: str) -> str:
     """A name as UTF-8 can spell it: the bytes of a path that are none, and lone surrogates, become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _spelt_out(metadata: dict) -> dict:
+    """Lone surrogates, which no output could hold, become `?`."""
+    try:
+        orjson.dumps(metadata)
+        return metadata
+    except TypeError:
+        return json.loads(json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def decoded_file(content: bytes) -> str:

@@ -76,11 +76,12 @@ def test_ids_are_kept_and_made_text(tmp_path):
 
 def test_names_that_utf8_cannot_spell_become_escapes(tmp_path):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "\\ud800", "text": "one"}\n')
+    (tmp_path / "in" / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "\\ud800", "text": "one", "of": {"url": ["x\\udfff", 1]}}\n')
     (tmp_path / "in" / os.fsdecode(b"b\xff.jsonl")).write_bytes(b'{"text": "two"}\n{"text": ""}\n')
     for tasks in (1, 3):
         found, rejected, _ = read(Input((str(tmp_path / "in"),)), tmp_path / str(tasks), tasks)
         assert [(document.id, document.text) for document in found] == [("\\ud800", "one"), ("b\\udcff.jsonl:0", "two")]
+        assert found[0].metadata["of"] == {"url": ["x?", 1]}
         assert found[1].metadata["file_path"] == rejected[0]["path"] == str(tmp_path / "in" / "b\\udcff.jsonl")
     (tmp_path / "in" / os.fsdecode(b"b\xff.jsonl")).write_bytes(b"")
     found, rejected, _ = read(Input((str(tmp_path / "in"),), format="files"), tmp_path / "files", 1)
