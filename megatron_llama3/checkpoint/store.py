@@ -92,10 +92,12 @@ class CheckpointWriter:
         """Between steps, while a save is under way: raises UserError on every rank as soon as it has failed on one (collective)."""
         if self.pending is None:
             return
-        failed = self.pending.done() and self.pending.exception() is not None
-        state = torch.tensor([int(failed), int(not self.pending.done())])
+        is_done = self.pending.done()
+        has_failed = is_done and self.pending.exception() is not None
+        state = torch.tensor([int(has_failed), int(not is_done)])
         dist.all_reduce(state, dist.ReduceOp.MAX, group=self.engine.groups.control)  # the background thread has the group of saves
-        if state[0] or not state[1]:
+        any_failed, any_under_way = state.tolist()
+        if any_failed or not any_under_way:
             self.wait()
 
     def wait(self) -> None:

@@ -80,7 +80,7 @@ def test_related_work_is_no_related_posts():
 
 
 def test_what_is_most_of_a_page_is_the_page():
-    """Whatever its name: 600 characters of 1,000; of 400 it is what it is called."""
+    """Whatever its name: with six tenths of the text it stays, with four it is what it is called."""
     page = '<body><div class="promo"><p>{}</p></div><div><p>{}</p></div></body>'
     assert "offered" in html_to_text(page.format("It is offered here. " * 20, "The other text. " * 15))
     assert "offered" not in html_to_text(page.format("It is offered here. " * 15, "The other text. " * 30))
