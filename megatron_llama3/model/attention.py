@@ -23,7 +23,7 @@ from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.rope import apply_rotary
 from megatron_llama3.model.sharding import layer_weights
 from megatron_llama3.parallel.context_parallel import gather_keys_values
-from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel, local
+from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel, local_part
 
 
 @dataclass
@@ -248,4 +248,4 @@ class Attention(nn.Module):
     def _kv(self, layer: ParallelLinear, x: Tensor) -> Tensor:
         if self.kv_rows is None:
             return layer(x)
-        return self.tp.linear(x, local(layer.weight)[self.kv_rows])
+        return self.tp.linear(x, local_part(layer.weight)[self.kv_rows])

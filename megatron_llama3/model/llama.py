@@ -21,7 +21,7 @@ from megatron_llama3.model.attention import KERNELS, Attention, AttentionMask, c
 from megatron_llama3.model.loss import token_log_probs
 from megatron_llama3.model.rope import rotary_frequencies, rotary_table
 from megatron_llama3.model.sharding import initial_weight, weight_table
-from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel, VocabParallelEmbedding, local
+from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel, VocabParallelEmbedding, local_part
 
 
 @dataclass
@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
         self.normalize = fused_norm()[1]  # found here and not in forward, where torch.compile would trace the import
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x, local(self.weight), self.eps)
+        return self.normalize(x, local_part(self.weight), self.eps)
 
 
 class FeedForward(nn.Module):
@@ -189,7 +189,7 @@ class Llama(nn.Module):
         if targets is not None:
             chunk_size = self.options.loss_chunk_size
             return token_log_probs(x, self.output.weight, targets, self._first_row(), self.tp, chunk_size, inputs.loss_weights)
-        logits = self.tp.gather_input(x) @ local(self.output.weight).T
+        logits = self.tp.gather_input(x) @ local_part(self.output.weight).T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _output_layer(self, weight: Callable[[str], Tensor]) -> nn.Module:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from megatron_llama3.parallel.tensor_parallel import TensorParallel, local
+from megatron_llama3.parallel.tensor_parallel import TensorParallel, local_part
 
 
 def token_log_probs(
@@ -29,7 +29,7 @@ def token_log_probs(
     """
     if not torch.is_grad_enabled():
         loss_weights = None  # an evaluation wants no gradients
-    return _ChunkedLogProbs.apply(tp.gather_input(hidden), local(weight), targets, first_row, tp.group, chunk_size, loss_weights)
+    return _ChunkedLogProbs.apply(tp.gather_input(hidden), local_part(weight), targets, first_row, tp.group, chunk_size, loss_weights)
 
 
 class _ChunkedLogProbs(Function):

@@ -16,7 +16,7 @@ from megatron_llama3.parallel.collectives import copy_to_group, gather_sequence,
 Linear = Callable[[Tensor, Tensor], Tensor]
 
 
-def local(weight: Tensor) -> Tensor:
+def local_part(weight: Tensor) -> Tensor:
     """This rank's part of a weight that an engine may have turned into a DTensor."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
@@ -51,7 +51,7 @@ class ParallelLinear(nn.Module):
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tp.linear(x, local(self.weight))
+        return self.tp.linear(x, local_part(self.weight))
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -65,7 +65,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [s, b] -> [s, b, h], or [s/t, b, h] with sequence parallelism."""
-        weight = local(self.weight)
+        weight = local_part(self.weight)
         if self.tp.size == 1:
             return F.embedding(tokens, weight)
         row = tokens - self.first_row

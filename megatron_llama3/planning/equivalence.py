@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.loader import Batch
 from megatron_llama3.parallel.groups import initialize_groups
-from megatron_llama3.parallel.tensor_parallel import local
+from megatron_llama3.parallel.tensor_parallel import local_part
 from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.training.build import build_engine
 from megatron_llama3.training.engine import Engine
@@ -148,7 +148,7 @@ def whole_gradients(engine: Engine) -> dict[str, Tensor]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else local(tensor)).detach().clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else local_part(tensor)).detach().clone()
 
 
 def synthetic_batch(config: RunConfig, step: int, dp_rank: int, dp_size: int) -> Batch:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.model.llama import Llama
 from megatron_llama3.parallel.groups import ParallelGroups
-from megatron_llama3.parallel.tensor_parallel import local
+from megatron_llama3.parallel.tensor_parallel import local_part
 from megatron_llama3.training.engine import Engine, Trainable
 
 
@@ -29,7 +29,7 @@ class Fsdp2Engine(Engine):
             if self.is_sharded:
                 self._shard(chunk)
         self.parameters = {name: p for name, p in self.named_weights() if p.requires_grad}
-        self.locals = {name: local(p.detach()) for name, p in self.parameters.items()}
+        self.locals = {name: local_part(p.detach()) for name, p in self.parameters.items()}
         self.optimizer = self._make_optimizer()
 
     # --- around backward passes ---
@@ -169,10 +169,10 @@ class Fsdp2Engine(Engine):
         return optimizer
 
     def _gradients(self) -> dict[str, Tensor]:
-        return {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+        return {name: local_part(p.grad) for name, p in self.parameters.items() if p.grad is not None}
 
     def _all_reduce_gradients(self, names: list[str], group: dist.ProcessGroup) -> None:
-        gradients = [local(self.parameters[n].grad) for n in names if self.parameters[n].grad is not None]
+        gradients = [local_part(self.parameters[n].grad) for n in names if self.parameters[n].grad is not None]
         gradients = [g for g in gradients if g.numel()]
         if group.size() == 1 or not gradients:
             return

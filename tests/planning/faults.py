@@ -66,7 +66,7 @@ def _count_replicas_in_norm() -> None:
 
 def _leave_padded_column_in_softmax() -> None:
     def padded(original, hidden, weight, targets, first_row, tp, *rest) -> Tensor:
-        weight = tensor_parallel.local(weight)
+        weight = tensor_parallel.local_part(weight)
         rows = torch.tensor(weight.shape[0])
         torch.distributed.all_reduce(rows, torch.distributed.ReduceOp.MAX, group=tp.group)
         return original(hidden, F.pad(weight, (0, 0, 0, int(rows) - weight.shape[0])), targets, first_row, tp, *rest)
@@ -132,11 +132,11 @@ def _normalise_per_microbatch() -> None:
 
 def _leave_one_tied_copy_unsynced() -> None:
     def unsynced(original, self: Fsdp2Engine, names: list[str], group) -> None:
-        kept = {n: tensor_parallel.local(self.parameters[n].grad).clone() for n in names}
+        kept = {n: tensor_parallel.local_part(self.parameters[n].grad).clone() for n in names}
         original(self, names, group)
         if self.holds_second_tied_copy and group is self.groups.embedding:
             for name, gradient in kept.items():
-                tensor_parallel.local(self.parameters[name].grad).copy_(gradient)
+                tensor_parallel.local_part(self.parameters[name].grad).copy_(gradient)
 
     _patch(Fsdp2Engine, "_all_reduce_gradients", unsynced)
 

@@ -9,7 +9,7 @@ import torch
 from megatron_llama3.config.run import RunConfig, TrainingConfig
 from megatron_llama3.data.loader import build_train_and_valid_streams
 from megatron_llama3.parallel.groups import initialize_groups
-from megatron_llama3.parallel.tensor_parallel import local
+from megatron_llama3.parallel.tensor_parallel import local_part
 from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.training import engine as engine_module
 from megatron_llama3.training.bad_steps import ENOUGH, WINDOW, note_step, reason_to_skip
@@ -83,7 +83,7 @@ def two_runs(config: RunConfig, kind: str) -> tuple[list, list, list]:
                 stream.plan_batch(4, 12)
             else:
                 results.append(train_step(engine, stream, state, config))
-        tensors = {key: local(tensor).clone() for key, tensor in engine.state_tensors().items()}
+        tensors = {key: local_part(tensor).clone() for key, tensor in engine.state_tensors().items()}
         runs.append(([r.skipped for r in results], [(r.loss, r.lr) for r in results if not r.skipped], tensors))
     (skipped, bad, first), (_, good, second) = runs
     assert all(torch.equal(first[key], second[key]) for key in second)

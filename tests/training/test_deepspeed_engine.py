@@ -11,7 +11,7 @@ pytest.importorskip("megatron_llama3.training.deepspeed_engine")  # before ranks
 
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.parallel.groups import initialize_groups
-from megatron_llama3.parallel.tensor_parallel import local
+from megatron_llama3.parallel.tensor_parallel import local_part
 from megatron_llama3.planning.equivalence import Trace, compare, one_process, synthetic_batch, train_under
 from megatron_llama3.planning.local_ranks import RankFailedError, run_ranks
 from megatron_llama3.training.build import build_engine
@@ -120,7 +120,9 @@ def load(engine: Engine, whole: dict[str, Tensor], step: int) -> None:
     assert state.keys() == whole.keys()
     for key, tensor in state.items():
         with torch.no_grad():
-            local(tensor).copy_(part_of(engine, key.split(".", 1 if key.startswith("model.") else 2)[-1], whole[key], local(tensor).shape))
+            name = key.split(".", 1 if key.startswith("model.") else 2)[-1]
+            own = local_part(tensor)
+            own.copy_(part_of(engine, name, whole[key], own.shape))
     engine.state_loaded(step)
 
 
