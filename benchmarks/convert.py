@@ -28,11 +28,11 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_llama3.checkpoint.huggingface import open_hf, write_hf
-from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource
-from megatron_llama3.checkpoint.meta import open_meta, write_meta
-from megatron_llama3.checkpoint.native import open_native, write_native
-from megatron_llama3.checkpoint.publish import publish_folder, sync
+from megatron_llama3.checkpoint.files.publish import publish_folder, sync
+from megatron_llama3.checkpoint.huggingface.weights import open_hf, write_hf
+from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource
+from megatron_llama3.checkpoint.meta.weights import open_meta, write_meta
+from megatron_llama3.checkpoint.native.weights import open_native, write_native
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.sharding import weight_table
 
@@ -159,7 +159,7 @@ def transformers_way(meta: Path, out: Path) -> None:
     """Whole shards in memory, joined and permuted into LlamaForCausalLM, then save_pretrained."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_llama3.checkpoint.huggingface_config import config_to_hf
+    from megatron_llama3.checkpoint.huggingface.config import config_to_hf
     from megatron_llama3.checkpoint.names import rope_rows_to_halves, to_hf_name
 
     config = config_to_hf(open_meta(meta).model)

@@ -72,7 +72,7 @@ def extraction(folder: Path, flags) -> None:
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
-    from megatron_llama3.curation.extract import html_to_text
+    from megatron_llama3.curation.blocks.extract import html_to_text
 
     def plain(html: str) -> str:
         return extract_plain_text(html, main_content=True, list_bullets=False)
@@ -147,7 +147,13 @@ def formulas_and_code(folder: Path, name: str, extractor) -> None:
 
 
 def heuristics(folder: Path, flags) -> None:
-    from megatron_llama3.curation.filters import DirtyWordFilter, DuplicateNgramFilter, FineWebQuality, GopherQuality, GopherRepetition
+    from megatron_llama3.curation.blocks.filters import (
+        DirtyWordFilter,
+        DuplicateNgramFilter,
+        FineWebQuality,
+        GopherQuality,
+        GopherRepetition,
+    )
 
     rng, good = Random(2), manual_pages(folder, "en", flags.documents)
     few = good[: flags.documents // 3]
@@ -186,7 +192,7 @@ def heuristics(folder: Path, flags) -> None:
 
 def notices(rng: Random, good: list[str]) -> None:
     """C4's rules: documents that are no prose, and lines about a site in documents that are."""
-    from megatron_llama3.curation.filters import C4Quality
+    from megatron_llama3.curation.blocks.filters import C4Quality
 
     few = good[: len(good) // 3]
     bad = [planted.inserted(text, "Lorem ipsum dolor sit amet.", rng) for text in few] + [planted.log(rng) for _ in few]
@@ -205,7 +211,7 @@ def notices(rng: Random, good: list[str]) -> None:
 
 
 def divergence(folder: Path, flags) -> None:
-    from megatron_llama3.curation.divergence import DivergenceFilter
+    from megatron_llama3.curation.blocks.divergence import DivergenceFilter
 
     rng, good = Random(3), manual_pages(folder, "en", 3 * flags.documents)
     kinds = {
@@ -237,7 +243,7 @@ def divergence(folder: Path, flags) -> None:
 
 
 def language(folder: Path, flags) -> None:
-    from megatron_llama3.curation.language import LanguageFilter
+    from megatron_llama3.curation.blocks.language import LanguageFilter
 
     pages = {name: manual_pages(folder, name, flags.documents // 2) for name in languages_in(folder)}
     for size in (None, 400, 100):
@@ -258,9 +264,9 @@ def cut(text: str, size: int | None) -> str:
 
 
 def quality(folder: Path, flags) -> None:
-    from megatron_llama3.curation.encoder_classifier import EncoderClassifier
-    from megatron_llama3.curation.linear_classifier import LinearClassifier
-    from megatron_llama3.curation.quality import ranking_quality
+    from megatron_llama3.curation.blocks.quality import ranking_quality
+    from megatron_llama3.curation.classifiers.encoder import EncoderClassifier
+    from megatron_llama3.curation.classifiers.linear import LinearClassifier
 
     rng = Random(4)
     good = [cut(text, 1500) for text in manual_pages(folder, "en", 6 * flags.documents)]
@@ -297,8 +303,8 @@ def shuffled(text: str, rng: Random) -> str:
 
 
 def privacy(folder: Path, flags) -> None:
-    from megatron_llama3.curation.extract import html_to_text
-    from megatron_llama3.curation.privacy import remove_personal_data
+    from megatron_llama3.curation.blocks.extract import html_to_text
+    from megatron_llama3.curation.blocks.privacy import remove_personal_data
 
     rng, pages = Random(5), manual_pages(folder, "en", flags.documents)
     regions = ["US", "GB", "DE", "FR"]
@@ -324,7 +330,7 @@ _AROUND = ("{}", "({})", "{},", "<{}>", "at:{}", '"{}"', "{}.")
 
 def blocked(folder: Path, flags) -> None:
     """Addresses on listed domains in every spelling, and addresses that only look like them."""
-    from megatron_llama3.curation.privacy import DomainBlockFilter
+    from megatron_llama3.curation.blocks.privacy import DomainBlockFilter
 
     rng, good = Random(8), manual_pages(folder, "en", flags.documents)
     listed = [f"{name}{number}.{end}" for number, name in enumerate(("snorfle", "blargish", "bücher")) for end in ("org", "co.uk", "xyz")]
@@ -342,8 +348,8 @@ def blocked(folder: Path, flags) -> None:
 
 def personal_hosts(folder: Path, flags) -> None:
     """Hosts of which most pages have some addresses, among hosts of which one page is a list of them."""
-    from megatron_llama3.curation.plain_words import split_words
-    from megatron_llama3.curation.privacy import PersonalDomains, RemovePersonalData
+    from megatron_llama3.curation.blocks.privacy import PersonalDomains, RemovePersonalData
+    from megatron_llama3.curation.text.words import split_words
 
     rng, good, documents = Random(9), manual_pages(folder, "en", 2 * flags.documents), []
     for number in range(0, len(good), 10):
@@ -368,7 +374,7 @@ def personal_hosts(folder: Path, flags) -> None:
 
 
 def contamination(folder: Path, flags) -> None:
-    from megatron_llama3.curation.decontaminate import DecontaminationFilter
+    from megatron_llama3.curation.blocks.decontaminate import DecontaminationFilter
 
     if not flags.evaluation:
         print("| decontamination: give --evaluation | | | | | |")
@@ -386,8 +392,8 @@ def contamination(folder: Path, flags) -> None:
 
 def deduplication(folder: Path, flags) -> None:
     """Older versions of URLs, near copies of documents, and a site's own lines in its pages."""
-    from megatron_llama3.curation.deduplicate import LineDedup, UrlDedup
-    from megatron_llama3.curation.minhash import MinhashDedup
+    from megatron_llama3.curation.blocks.deduplicate import LineDedup, UrlDedup
+    from megatron_llama3.curation.blocks.minhash import MinhashDedup
 
     rng = Random(7)
     good = manual_pages(folder, "en", 3 * flags.documents)
@@ -424,8 +430,8 @@ def domains(folder: Path, flags) -> None:
     """Programs among manual pages; trained on one half, tested on the other."""
     import sysconfig
 
-    from megatron_llama3.curation.domains import DomainLabel
-    from megatron_llama3.curation.linear_classifier import LinearClassifier
+    from megatron_llama3.curation.blocks.domains import DomainLabel
+    from megatron_llama3.curation.classifiers.linear import LinearClassifier
 
     prose = [cut(text, 1500) for text in manual_pages(folder, "en", flags.documents)]
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
@@ -446,7 +452,7 @@ def mixture(folder: Path, flags) -> None:
     """Real text of the paper's four domains in quite other proportions, and a domain without a share."""
     import sysconfig
 
-    from megatron_llama3.curation.mixture import PAPER_MIX, Mixture
+    from megatron_llama3.curation.blocks.mixture import PAPER_MIX, Mixture
 
     if not flags.evaluation:
         print("| mixture: give --evaluation, its reasoning | | | | | |")

@@ -31,7 +31,7 @@ from datatrove.pipeline.dedup.minhash import (
 )
 from loguru import logger
 
-from megatron_llama3.curation.minhash import MinhashDedup
+from megatron_llama3.curation.blocks.minhash import MinhashDedup
 
 STOCK = MinhashConfig()
 

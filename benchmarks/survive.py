@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_llama3.checkpoint.native import open_native_tensors, resolve_native
+from megatron_llama3.checkpoint.native.weights import open_native_tensors, resolve_native
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
 from megatron_llama3.data.loader import TrainingStream, batch_hash

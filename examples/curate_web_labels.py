@@ -48,7 +48,7 @@ def chosen(folder: Path, count: int, rng: Random) -> list[str]:
 
 def passages(pages: Iterable[str]) -> Iterator[str]:
     """Pieces of the pages' text, long enough to be judged."""
-    from megatron_llama3.curation.extract import html_to_text
+    from megatron_llama3.curation.blocks.extract import html_to_text
 
     for text in map(html_to_text, pages):
         yield from (text[i : i + PASSAGE] for i in range(0, min(len(text), 4 * PASSAGE), PASSAGE) if len(text) - i > PASSAGE // 5)
@@ -64,13 +64,13 @@ def listings(pages: list[str]) -> Iterator[str]:
 
 def is_code(page: str) -> bool:
     """Whether at least a third of its text is in listings."""
-    from megatron_llama3.curation.extract import html_to_text
+    from megatron_llama3.curation.blocks.extract import html_to_text
 
     return 3 * sum(map(len, listings([page]))) > len(html_to_text(page))
 
 
 def spoilt(text: str, rng: Random) -> str:
-    from megatron_llama3.curation.plain_words import split_words
+    from megatron_llama3.curation.text.words import split_words
 
     words = split_words(text)
     if rng.random() < 0.3:
@@ -80,7 +80,7 @@ def spoilt(text: str, rng: Random) -> str:
 
 def questions(pages: list[str]) -> list[str]:
     """A sentence of 12 to 40 words from each page that has one."""
-    from megatron_llama3.curation.extract import html_to_text
+    from megatron_llama3.curation.blocks.extract import html_to_text
 
     found = []
     for text in map(html_to_text, pages):

@@ -26,9 +26,9 @@ def imported_modules(path: Path) -> list[str]:
     return modules
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/**/*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_package_reads_only_from_those_above_it(path):
-    layer = path.parent.name
+    layer = path.relative_to(PACKAGE).parts[0]
     assert layer in ORDER
     for module in imported_modules(path):
         if module.startswith("megatron_llama3."):

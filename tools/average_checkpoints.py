@@ -25,8 +25,8 @@ def main() -> None:
         raise UserError(f"--exponential-decay {arguments.exponential_decay}: must lie between 0 and 1")
 
     from megatron_llama3.checkpoint.average import average, averaging_weights
-    from megatron_llama3.checkpoint.native import check_files, open_native, write_native
-    from megatron_llama3.checkpoint.publish import publish_folder
+    from megatron_llama3.checkpoint.files.publish import publish_folder
+    from megatron_llama3.checkpoint.native.weights import check_files, open_native, write_native
 
     shares = averaging_weights(len(arguments.load), arguments.exponential_decay)
     source = average([open_native(path) for path in arguments.load], shares, [str(path) for path in arguments.load])

@@ -52,8 +52,8 @@ def main() -> None:
     return_freed_blocks()
     import torch
 
-    from megatron_llama3.checkpoint.native import check_files
-    from megatron_llama3.checkpoint.publish import publish_folder
+    from megatron_llama3.checkpoint.files.publish import publish_folder
+    from megatron_llama3.checkpoint.native.weights import check_files
     from megatron_llama3.checkpoint.tokenizer_files import with_tokenizer
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -75,24 +75,29 @@ def main() -> None:
 
 def _open(kind: str, path: Path):
     """The WeightSource of a folder or file of that kind."""
-    from megatron_llama3.checkpoint import gguf, huggingface, meta, native
+    from megatron_llama3.checkpoint.gguf.weights import open_gguf
+    from megatron_llama3.checkpoint.huggingface.weights import open_hf
+    from megatron_llama3.checkpoint.meta.weights import open_meta
+    from megatron_llama3.checkpoint.native.weights import open_native
 
-    return {"native": native.open_native, "hf": huggingface.open_hf, "meta": meta.open_meta, "gguf": gguf.open_gguf}[kind](path)
+    return {"native": open_native, "hf": open_hf, "meta": open_meta, "gguf": open_gguf}[kind](path)
 
 
 def _write(kind: str, source, folder: Path, dtype, shards: int, workers: int | None) -> None:
-    from megatron_llama3.checkpoint import huggingface, meta, native
+    from megatron_llama3.checkpoint.huggingface.weights import write_hf
+    from megatron_llama3.checkpoint.meta.weights import write_meta
+    from megatron_llama3.checkpoint.native.weights import write_native
 
     if kind == "meta":
-        meta.write_meta(source, folder, shards, dtype, workers)
+        write_meta(source, folder, shards, dtype, workers)
     else:
-        {"native": native.write_native, "hf": huggingface.write_hf}[kind](source, folder, dtype, workers)
+        {"native": write_native, "hf": write_hf}[kind](source, folder, dtype, workers)
 
 
 def _verify(arguments: argparse.Namespace, source, written: Path, dtype) -> None:
     """Compares the logits of what was read and of what was written. Raises UserError if they differ."""
-    from megatron_llama3.checkpoint.gguf import gguf_file
-    from megatron_llama3.checkpoint.verify import compare_sides, side_logits
+    from megatron_llama3.checkpoint.compare_logits import compare_sides, side_logits
+    from megatron_llama3.checkpoint.gguf.weights import gguf_file
 
     path = gguf_file(arguments.load) if arguments.source == "gguf" else arguments.load
     before, reader = side_logits(arguments.source, path, source, dtype)

@@ -33,9 +33,9 @@ def main() -> None:
         raise UserError(f"--report {flags.report}: there is no such folder")
     try:
         from megatron_llama3.curation.execute import ExecutorOptions, curate
-        from megatron_llama3.curation.files import whole_file
         from megatron_llama3.curation.pipeline import load_pipeline
         from megatron_llama3.curation.report import report_html, report_text
+        from megatron_llama3.curation.storage.files import whole_file
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'megatron-llama3[curation]'") from None
 

@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with another checkpoint")
     arguments = parser.parse_args()
 
-    from megatron_llama3.checkpoint.folder import resolve_native
-    from megatron_llama3.checkpoint.native import open_native_tensors
+    from megatron_llama3.checkpoint.native.folder import resolve_native
+    from megatron_llama3.checkpoint.native.weights import open_native_tensors
 
     folder = resolve_native(arguments.checkpoint)
     if arguments.verify and print_damage(folder):
@@ -39,7 +39,7 @@ def main() -> None:
 
 def print_damage(folder: Path) -> bool:
     """Holds every file to the manifest; whether anything is wrong."""
-    from megatron_llama3.checkpoint.manifest import damage, damaged_files, read_manifest
+    from megatron_llama3.checkpoint.native.manifest import damage, damaged_files, read_manifest
 
     found = list(damaged_files(folder)) or [reason for reason in [damage(folder)] if reason]
     for line in found:
@@ -50,7 +50,7 @@ def print_damage(folder: Path) -> bool:
 
 
 def print_tree(folder: Path, tensors: dict) -> None:
-    from megatron_llama3.checkpoint.folder import read_train_state
+    from megatron_llama3.checkpoint.native.folder import read_train_state
 
     state = read_train_state(folder)
     print(f"{folder}: iteration {state['iteration']:,}, {state['consumed_samples']:,} sequences, {state['consumed_tokens']:,} tokens")
@@ -72,7 +72,7 @@ def verify(tensors: dict) -> bool:
 
 def print_differences(folder: Path, tensors: dict, other_folder: Path) -> bool:
     """Whether anything differs."""
-    from megatron_llama3.checkpoint.native import open_native_tensors
+    from megatron_llama3.checkpoint.native.weights import open_native_tensors
 
     others, found = open_native_tensors(other_folder), []
     found += config_differences(folder, other_folder)

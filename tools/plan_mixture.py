@@ -26,7 +26,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     flags = parse_arguments()
-    from megatron_llama3.curation.mixture import PAPER_MIX, plan_mixture
+    from megatron_llama3.curation.blocks.mixture import PAPER_MIX, plan_mixture
     from megatron_llama3.tokenizer.vocabulary_files import write_whole
 
     sizes = {name: {prefix: count_tokens(prefix) for prefix in prefixes} for name, prefixes in map(parse_domain, flags.domain)}

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from megatron_llama3.config.errors import UserError, exit_on_user_error
-from megatron_llama3.curation.classifier_file import CLASSIFIERS, classifier_class
+from megatron_llama3.curation.classifiers.model_file import CLASSIFIERS, classifier_class
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def read_examples(flags: argparse.Namespace) -> tuple[list[str], list[str]]:
-    from megatron_llama3.curation.quality import BAD, GOOD, read_judgements, read_labels
+    from megatron_llama3.curation.blocks.quality import BAD, GOOD, read_judgements, read_labels
 
     if flags.judgements:
         judged = read_judgements(flags.judgements, flags.documents)
@@ -70,7 +70,7 @@ def train(flags: argparse.Namespace, texts: list[str], labels: list[str]):
 
 def report(model, texts: list[str], labels: list[str]) -> None:
     """Accuracy on the held-out texts, and for two classes how well the scores rank them."""
-    from megatron_llama3.curation.quality import ranking_quality
+    from megatron_llama3.curation.blocks.quality import ranking_quality
 
     probabilities = model.probabilities(texts)
     names = list(model.config.labels)

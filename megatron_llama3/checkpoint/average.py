@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource
+from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource
 from megatron_llama3.config.errors import UserError
 
 

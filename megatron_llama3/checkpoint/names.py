@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_llama3.checkpoint.lazy import LazyTensor, reorder_rows
+from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, reorder_rows
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_llama3.checkpoint.compatibility import check_compatible
-from megatron_llama3.checkpoint.folder import CONFIG_FILE, LATEST_FILE, resolve_native
-from megatron_llama3.checkpoint.huggingface import open_hf
-from megatron_llama3.checkpoint.manifest import damage
+from megatron_llama3.checkpoint.huggingface.weights import open_hf
+from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, resolve_native
+from megatron_llama3.checkpoint.native.manifest import damage
 from megatron_llama3.checkpoint.store import load_checkpoint, load_hf_weights
 from megatron_llama3.config.command_line import load_run_config
 from megatron_llama3.config.errors import UserError

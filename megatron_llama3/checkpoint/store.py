@@ -4,7 +4,7 @@
     SAVE/iter_0000500/   torch.distributed.checkpoint files with global names and shapes, run_config.yaml, train_state.json, manifest.json
 
 A save is written to `iter_0000500.partial`, synced, summed up in its manifest, renamed, and then named in
-latest_checkpointed_iteration.txt. Older ones are deleted after that (checkpoint/retention.py).
+latest_checkpointed_iteration.txt. Older ones are deleted after that (checkpoint/native/retention.py).
 """
 
 import base64
@@ -22,12 +22,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from megatron_llama3.checkpoint.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, read_train_state
-from megatron_llama3.checkpoint.huggingface import open_hf
-from megatron_llama3.checkpoint.manifest import MANIFEST_FILE, summarize, write_manifest
-from megatron_llama3.checkpoint.native_metadata import SafeFileSystemReader
-from megatron_llama3.checkpoint.publish import sync
-from megatron_llama3.checkpoint.retention import PARTIAL, REPLACED, delete_older, remove_leftovers
+from megatron_llama3.checkpoint.files.publish import sync
+from megatron_llama3.checkpoint.huggingface.weights import open_hf
+from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, read_train_state
+from megatron_llama3.checkpoint.native.manifest import MANIFEST_FILE, summarize, write_manifest
+from megatron_llama3.checkpoint.native.metadata import SafeFileSystemReader
+from megatron_llama3.checkpoint.native.retention import PARTIAL, REPLACED, delete_older, remove_leftovers
 from megatron_llama3.checkpoint.weight_reader import WeightReader
 from megatron_llama3.config.command_line import resolved_yaml
 from megatron_llama3.config.errors import UserError

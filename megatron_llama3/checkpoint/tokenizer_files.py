@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_llama3.checkpoint.config_file import read_json
-from megatron_llama3.checkpoint.lazy import WeightSource
+from megatron_llama3.checkpoint.files.foreign_config import read_json
+from megatron_llama3.checkpoint.lazy_tensor import WeightSource
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.tokenizer.llama3 import Tokenizer, load_tokenizer
 from megatron_llama3.tokenizer.vocabulary_files import write_tiktoken

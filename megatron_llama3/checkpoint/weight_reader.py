@@ -6,9 +6,9 @@ from torch.distributed.checkpoint import StorageReader, metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from megatron_llama3.checkpoint.lazy import BLOCK_BYTES, WeightSource
-from megatron_llama3.checkpoint.native import MODEL_PREFIX
-from megatron_llama3.checkpoint.native_metadata import whole_tensors
+from megatron_llama3.checkpoint.lazy_tensor import BLOCK_BYTES, WeightSource
+from megatron_llama3.checkpoint.native.metadata import whole_tensors
+from megatron_llama3.checkpoint.native.weights import MODEL_PREFIX
 
 
 class WeightReader(StorageReader):

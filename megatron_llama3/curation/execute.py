@@ -33,10 +33,10 @@ from datatrove.utils.stats import PipelineStats
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.names import nearest
-from megatron_llama3.curation.files import whole_file
 from megatron_llama3.curation.observe import Tally
 from megatron_llama3.curation.pipeline import Pipeline
 from megatron_llama3.curation.stages import Stage, build_stages, funnel
+from megatron_llama3.curation.storage.files import whole_file
 
 _ROOT = str(Path(__file__).parents[2])
 _PR_SET_PDEATHSIG = 1

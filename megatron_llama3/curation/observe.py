@@ -15,7 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.curation.files import task_file, whole_file
+from megatron_llama3.curation.storage.files import task_file, whole_file
 
 SAMPLES = 3
 _SAMPLE_CHARACTERS = 600

@@ -14,30 +14,30 @@ from datatrove.pipeline.base import PipelineStep
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.names import nearest
-from megatron_llama3.curation.read import Input
-from megatron_llama3.curation.steps import GlobalBlock
+from megatron_llama3.curation.global_block import GlobalBlock
+from megatron_llama3.curation.storage.input import Input
 
 # A block's name in the YAML -> its class, which takes the YAML's keys as keyword arguments. Imported when used.
 BLOCKS = {
-    "extract": "megatron_llama3.curation.extract:ExtractHtml",
-    "language": "megatron_llama3.curation.language:LanguageFilter",
-    "blocked_domains": "megatron_llama3.curation.privacy:DomainBlockFilter",
-    "url_dedup": "megatron_llama3.curation.deduplicate:UrlDedup",
-    "minhash_dedup": "megatron_llama3.curation.minhash:MinhashDedup",
-    "line_dedup": "megatron_llama3.curation.deduplicate:LineDedup",
-    "duplicate_ngrams": "megatron_llama3.curation.filters:DuplicateNgramFilter",
-    "dirty_words": "megatron_llama3.curation.filters:DirtyWordFilter",
-    "divergence": "megatron_llama3.curation.divergence:DivergenceFilter",
-    "gopher_quality": "megatron_llama3.curation.filters:GopherQuality",
-    "gopher_repetition": "megatron_llama3.curation.filters:GopherRepetition",
-    "c4_quality": "megatron_llama3.curation.filters:C4Quality",
-    "fineweb_quality": "megatron_llama3.curation.filters:FineWebQuality",
-    "quality": "megatron_llama3.curation.quality:QualityFilter",
-    "personal_data": "megatron_llama3.curation.privacy:RemovePersonalData",
-    "personal_domains": "megatron_llama3.curation.privacy:PersonalDomains",
-    "decontaminate": "megatron_llama3.curation.decontaminate:DecontaminationFilter",
-    "domain": "megatron_llama3.curation.domains:DomainLabel",
-    "mixture": "megatron_llama3.curation.mixture:Mixture",
+    "extract": "megatron_llama3.curation.blocks.extract:ExtractHtml",
+    "language": "megatron_llama3.curation.blocks.language:LanguageFilter",
+    "blocked_domains": "megatron_llama3.curation.blocks.privacy:DomainBlockFilter",
+    "url_dedup": "megatron_llama3.curation.blocks.deduplicate:UrlDedup",
+    "minhash_dedup": "megatron_llama3.curation.blocks.minhash:MinhashDedup",
+    "line_dedup": "megatron_llama3.curation.blocks.deduplicate:LineDedup",
+    "duplicate_ngrams": "megatron_llama3.curation.blocks.filters:DuplicateNgramFilter",
+    "dirty_words": "megatron_llama3.curation.blocks.filters:DirtyWordFilter",
+    "divergence": "megatron_llama3.curation.blocks.divergence:DivergenceFilter",
+    "gopher_quality": "megatron_llama3.curation.blocks.filters:GopherQuality",
+    "gopher_repetition": "megatron_llama3.curation.blocks.filters:GopherRepetition",
+    "c4_quality": "megatron_llama3.curation.blocks.filters:C4Quality",
+    "fineweb_quality": "megatron_llama3.curation.blocks.filters:FineWebQuality",
+    "quality": "megatron_llama3.curation.blocks.quality:QualityFilter",
+    "personal_data": "megatron_llama3.curation.blocks.privacy:RemovePersonalData",
+    "personal_domains": "megatron_llama3.curation.blocks.privacy:PersonalDomains",
+    "decontaminate": "megatron_llama3.curation.blocks.decontaminate:DecontaminationFilter",
+    "domain": "megatron_llama3.curation.blocks.domains:DomainLabel",
+    "mixture": "megatron_llama3.curation.blocks.mixture:Mixture",
 }
 _COMPRESSIONS = ("zstd", "none")
 _GROUPS = ("input", "blocks", "output", "slurm", "ray")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_llama3.curation.documents import ReadDocuments, WriteDocuments
+from megatron_llama3.curation.global_block import GlobalBlock
 from megatron_llama3.curation.observe import Observed, Tally, WriteTallies, read_tallies
 from megatron_llama3.curation.pipeline import Pipeline
-from megatron_llama3.curation.read import ReadInput
-from megatron_llama3.curation.steps import GlobalBlock
+from megatron_llama3.curation.storage.documents import ReadDocuments, WriteDocuments
+from megatron_llama3.curation.storage.input import ReadInput
 from megatron_llama3.data.preprocess_inputs import Source
 
 

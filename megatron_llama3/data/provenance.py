@@ -17,7 +17,7 @@ from megatron_llama3.data.indexed_dataset import IndexedDataset
 from megatron_llama3.data.loader import TrainingStream, build_train_and_valid_streams
 from megatron_llama3.data.packing import PackedDocuments
 
-# The names are those of checkpoint/native.py, which imports torch.
+# The names are those of checkpoint/native/weights.py, which imports torch.
 _CONFIG_FILE, _STATE_FILE = "run_config.yaml", "train_state.json"
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from megatron_llama3.checkpoint.lazy import LazyTensor, WeightSource, narrow
+from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource, narrow
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.parallel import ParallelConfig
 from megatron_llama3.config.run import DataConfig, RunConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_llama3.checkpoint.folder import STATE_FILE, read_train_state
-from megatron_llama3.checkpoint.manifest import damage
+from megatron_llama3.checkpoint.native.folder import STATE_FILE, read_train_state
+from megatron_llama3.checkpoint.native.manifest import damage
 from megatron_llama3.checkpoint.start import Start
 from megatron_llama3.checkpoint.store import CheckpointWriter, load_checkpoint
 from megatron_llama3.config.errors import UserError

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
-from megatron_llama3.checkpoint.folder import LATEST_FILE
-from megatron_llama3.checkpoint.lazy import WeightSource, from_tensor
-from megatron_llama3.checkpoint.native import write_native
+from megatron_llama3.checkpoint.lazy_tensor import WeightSource, from_tensor
+from megatron_llama3.checkpoint.native.folder import LATEST_FILE
+from megatron_llama3.checkpoint.native.weights import write_native
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.sharding import initial_weight, weight_table
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llama3.checkpoint.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE
+from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE
 from megatron_llama3.checkpoint.start import own_start
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import CheckpointConfig, RunConfig

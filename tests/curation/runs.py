@@ -12,9 +12,9 @@ import zstandard
 from datatrove.data import Document
 
 from megatron_llama3.curation.execute import ExecutorOptions, curate
+from megatron_llama3.curation.global_block import GlobalBlock
 from megatron_llama3.curation.observe import Tally
 from megatron_llama3.curation.pipeline import load_pipeline
-from megatron_llama3.curation.steps import GlobalBlock
 
 WORDS = ["the", "a", "tensor", "mesh", "rank", "copies", "shards", "gradient", "of", "every", "layer", "before", "it", "sends", "what"]
 

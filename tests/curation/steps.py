@@ -3,7 +3,7 @@
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from megatron_llama3.curation.steps import GlobalBlock
+from megatron_llama3.curation.global_block import GlobalBlock
 
 
 def document(text: str, identity: str = "0", **metadata) -> Document:

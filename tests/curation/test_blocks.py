@@ -6,10 +6,10 @@ from random import Random
 import yaml
 from datatrove.data import Document
 
-from megatron_llama3.curation.linear_classifier import LinearClassifier
+from megatron_llama3.curation.classifiers.linear import LinearClassifier
+from megatron_llama3.curation.global_block import GlobalBlock
 from megatron_llama3.curation.observe import Observed
 from megatron_llama3.curation.pipeline import BLOCKS, load_pipeline
-from megatron_llama3.curation.steps import GlobalBlock
 from tests.curation import planted
 
 QUESTION = "A baker makes 24 loaves each morning and sells two thirds of them before noon. How many loaves are left?"

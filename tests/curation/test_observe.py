@@ -6,8 +6,8 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.curation.documents import ReadDocuments, WriteDocuments
 from megatron_llama3.curation.observe import SAMPLES, Observed, Tally, WriteTallies, read_tallies
+from megatron_llama3.curation.storage.documents import ReadDocuments, WriteDocuments
 from tests.curation.runs import documents
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.curation.minhash import MinhashDedup
+from megatron_llama3.curation.blocks.minhash import MinhashDedup
 from megatron_llama3.curation.pipeline import load_pipeline
 from tests.curation.runs import write_pipeline
 

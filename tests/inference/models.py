@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from megatron_llama3.checkpoint.lazy import WeightSource, from_tensor
+from megatron_llama3.checkpoint.lazy_tensor import WeightSource, from_tensor
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.config.parallel import ParallelConfig
 from megatron_llama3.inference.load import load_llama

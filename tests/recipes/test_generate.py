@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from megatron_llama3.checkpoint.huggingface import export_hf
-from megatron_llama3.checkpoint.lazy import WeightSource
-from megatron_llama3.checkpoint.native import CONFIG_FILE, TOKENIZER_FOLDER, write_native
+from megatron_llama3.checkpoint.huggingface.weights import export_hf
+from megatron_llama3.checkpoint.lazy_tensor import WeightSource
+from megatron_llama3.checkpoint.native.weights import CONFIG_FILE, TOKENIZER_FOLDER, write_native
 from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets
 from megatron_llama3.config.command_line import load_run_config, resolved_yaml
 from megatron_llama3.config.errors import UserError

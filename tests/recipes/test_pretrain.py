@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_llama3.checkpoint.manifest import damaged_files, read_manifest
+from megatron_llama3.checkpoint.native.manifest import damaged_files, read_manifest
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
 from megatron_llama3.planning.local_ranks import RankFailedError, run_ranks

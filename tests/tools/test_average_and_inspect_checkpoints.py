@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llama3.checkpoint.lazy import WeightSource, from_tensor
-from megatron_llama3.checkpoint.native import open_native, write_native
+from megatron_llama3.checkpoint.lazy_tensor import WeightSource, from_tensor
+from megatron_llama3.checkpoint.native.weights import open_native, write_native
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.sharding import initial_weight, weight_table
 

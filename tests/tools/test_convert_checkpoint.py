@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llama3.checkpoint.huggingface import open_hf
-from megatron_llama3.checkpoint.huggingface_config import config_to_hf
-from megatron_llama3.checkpoint.meta import write_meta
-from megatron_llama3.checkpoint.native import open_native, write_native
+from megatron_llama3.checkpoint.huggingface.config import config_to_hf
+from megatron_llama3.checkpoint.huggingface.weights import open_hf
+from megatron_llama3.checkpoint.meta.weights import write_meta
+from megatron_llama3.checkpoint.native.weights import open_native, write_native
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.sharding import weight_table
 from megatron_llama3.tokenizer.llama3 import Tokenizer
@@ -88,7 +88,7 @@ def test_exported_folder_is_complete(make_hf, tmp_path, monkeypatch, capsys):
 
 
 def test_no_verify_reads_nothing_back(make_hf, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("megatron_llama3.checkpoint.verify.side_logits", lambda *arguments: pytest.fail("read back"))
+    monkeypatch.setattr("megatron_llama3.checkpoint.compare_logits.side_logits", lambda *arguments: pytest.fail("read back"))
     convert(monkeypatch, "--from", "hf", "--to", "native", "--load", make_hf(), "--save", tmp_path / "out", "--no-verify")
     out = capsys.readouterr().out
     assert "verified" not in out
@@ -97,7 +97,7 @@ def test_no_verify_reads_nothing_back(make_hf, tmp_path, monkeypatch, capsys):
 
 def test_wrong_result_is_caught_before_it_has_its_name(make_hf, tmp_path, monkeypatch, capsys):
     """With the permutation of wq and wk left out, the logits differ and nothing is kept."""
-    monkeypatch.setattr("megatron_llama3.checkpoint.huggingface.to_halves", lambda name, tensor, model: tensor)
+    monkeypatch.setattr("megatron_llama3.checkpoint.huggingface.weights.to_halves", lambda name, tensor, model: tensor)
     with pytest.raises(SystemExit) as status:
         convert(monkeypatch, "--from", "hf", "--to", "hf", "--load", make_hf(), "--save", tmp_path / "out")
     assert status.value.code == 2
@@ -221,7 +221,11 @@ def test_full_disk(tmp_path, monkeypatch, capsys, small_disk, target, missing_by
 
 LIMITED = """
 import resource, sys
-from megatron_llama3.checkpoint import gguf, huggingface, meta, native, verify
+from megatron_llama3.checkpoint import compare_logits
+from megatron_llama3.checkpoint.gguf import weights
+from megatron_llama3.checkpoint.huggingface import weights
+from megatron_llama3.checkpoint.meta import weights
+from megatron_llama3.checkpoint.native import weights
 import torch
 sys.path.insert(0, {tools!r})
 import convert_checkpoint

@@ -1,0 +1,139 @@
+"""The `.metadata` file of torch.distributed.checkpoint: which tensors there are and in which file and byte range each chunk lies.
+
+It is a pickle. `read_metadata` admits only the types that describe tensors; `SafeFileSystemReader` gives dcp.load the same protection.
+"""
+
+import pathlib
+import pickle
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, filesystem, metadata
+
+from megatron_llama3.checkpoint.files.torch_archive import unpickle
+from megatron_llama3.config.errors import UserError
+
+METADATA_FILE = ".metadata"
+
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_CLASSES = {
+    metadata: ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
+               "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    filesystem: ("_StorageInfo",),
+}  # fmt: skip
+_ALLOWED = {(module.__name__, name): getattr(module, name) for module, names in _CLASSES.items() for name in names}
+_ALLOWED |= {("torch", name): getattr(torch, name) for name in (*_DTYPES, "Size")}
+_ALLOWED[("torch.serialization", "_get_layout")] = lambda name: {"torch.strided": torch.strided}[name]
+# Where the checkpoint was written; only the text matters, and pathlib moved the classes after Python 3.12.
+_ALLOWED |= {(module, name): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")}
+
+
+def read_metadata(folder: Path) -> metadata.Metadata:
+    """The checkpoint's table of contents. Raises UserError if it is missing, damaged, or asks for any other type."""
+    path = Path(folder) / METADATA_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: the file is missing; {folder} is no complete native checkpoint")
+    content = unpickle(path.read_bytes(), _ALLOWED, path)
+    if not isinstance(content, metadata.Metadata):
+        raise UserError(f"{path}: holds no checkpoint metadata")
+    return content
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A rectangle of a tensor, and the file and bytes that hold it as torch.save wrote it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: list[StoredChunk]
+
+
+def stored_tensors(folder: Path, prefix: str = "") -> dict[str, StoredTensor]:
+    """Every tensor whose key starts with `prefix`, checked: chunks lie within it and cover it.
+
+    Raises UserError as `read_metadata` does, and for a table of contents that contradicts itself or leaves the folder.
+    """
+    content = read_metadata(folder)
+    try:
+        places = {(index.fqn, tuple(index.offset or ())): info for index, info in content.storage_data.items()}
+        return {
+            key: _stored_tensor(key, entry, places, Path(folder))
+            for key, entry in content.state_dict_metadata.items()
+            if key.startswith(prefix) and not isinstance(entry, metadata.BytesStorageMetadata)
+        }
+    except (AttributeError, TypeError, ValueError) as error:  # fields missing or of other types
+        raise UserError(f"{folder}/{METADATA_FILE}: damaged ({error})") from None
+
+
+def _stored_tensor(key: str, entry: metadata.TensorStorageMetadata, places: dict, folder: Path) -> StoredTensor:
+    shape, chunks = tuple(entry.size), []
+    for chunk in entry.chunks:
+        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        info = places.get((key, offsets))
+        if info is None or Path(info.relative_path).name != info.relative_path or info.offset < 0 or info.length < 0:
+            raise UserError(f"{folder}: {METADATA_FILE} has no place in this folder for {key} at {list(offsets)}")
+        if any(not 0 <= start <= start + size <= whole for start, size, whole in zip(offsets, sizes, shape, strict=True)):
+            raise UserError(f"{folder}: a chunk of {key} at {list(offsets)} of {list(sizes)} leaves its shape {list(shape)}")
+        chunks.append(StoredChunk(offsets, sizes, folder / info.relative_path, info.offset, info.length))
+    if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape) or not isinstance(entry.properties.dtype, torch.dtype):
+        raise UserError(f"{folder}: the chunks of {key} do not cover its shape {list(shape)}")
+    if _overlap(chunks):
+        raise UserError(f"{folder}: chunks of {key} overlap, so that they do not cover its shape {list(shape)}")
+    return StoredTensor(entry.properties.dtype, shape, chunks)
+
+
+def _overlap(chunks: list[StoredChunk]) -> bool:
+    """Whether two of them share an element. Looks only at pairs that share rows: a large model has thousands of chunks."""
+    ordered = sorted((chunk for chunk in chunks if prod(chunk.sizes)), key=lambda chunk: chunk.offsets)
+    for number, first in enumerate(ordered):
+        for second in ordered[number + 1 :]:
+            if second.offsets[0] >= first.offsets[0] + first.sizes[0]:
+                break
+            edges = zip(first.offsets, first.sizes, second.offsets, second.sizes)
+            if all(a < b + d and b < a + c for a, c, b, d in edges):
+                return True
+    return False
+
+
+def write_metadata(folder: Path, chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int, int]]) -> None:
+    """Writes `.metadata` for whole tensors: key -> (dtype, shape, file name, offset, length)."""
+    (Path(folder) / METADATA_FILE).write_bytes(pickle.dumps(whole_tensors(chunks)))
+
+
+def whole_tensors(chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int, int]]) -> metadata.Metadata:
+    """The table of contents of tensors that are one chunk each; arguments as for `write_metadata`."""
+    tensors, storage = {}, {}
+    for key, (dtype, shape, file, offset, length) in chunks.items():
+        size, origin = torch.Size(shape), torch.Size([0] * len(shape))
+        properties = metadata.TensorProperties(dtype=dtype)
+        tensors[key] = metadata.TensorStorageMetadata(properties, size, [metadata.ChunkStorageMetadata(origin, size)])
+        storage[metadata.MetadataIndex(key, origin, 0)] = filesystem._StorageInfo(file, offset, length)
+    # `planner_data` maps a flat key to its path in the state dict; ours are flat, so each is its own path.
+    return metadata.Metadata(tensors, {key: (key,) for key in tensors}, storage, version="1.0.0")
+
+
+class SafeFileSystemReader(FileSystemReader):
+    """torch's reader with `.metadata` read by `read_metadata`: pass it to dcp.load as `storage_reader`.
+
+    Its `read_metadata` raises UserError for an entry that is no tensor: dcp.load would unpickle it without restriction.
+    """
+
+    def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
+        content = read_metadata(Path(self.path))
+        for key, entry in content.state_dict_metadata.items():
+            if not isinstance(entry, metadata.TensorStorageMetadata):
+                raise UserError(f"{self.path}/{METADATA_FILE}: {key} is stored as a pickle, not as a tensor; loading it could run code")
+        content.storage_meta = content.storage_meta or metadata.StorageMeta()
+        content.storage_meta.load_id = self.load_id
+        return content

@@ -1,0 +1,1 @@
+"""Trained classifiers of texts, which the blocks `quality` and `domain` take."""

@@ -1,0 +1,1 @@
+"""What tasks read and write: the input, documents, records, counts, lists."""
