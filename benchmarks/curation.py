@@ -265,7 +265,6 @@ def cut(text: str, size: int | None) -> str:
 
 def quality(folder: Path, flags) -> None:
     from megatron_llama3.curation.blocks.quality import ranking_quality
-    from megatron_llama3.curation.classifiers.encoder import EncoderClassifier
     from megatron_llama3.curation.classifiers.linear import LinearClassifier
 
     rng = Random(4)
@@ -279,21 +278,19 @@ def quality(folder: Path, flags) -> None:
         bad = [spoil(text) for text in good]
         # Trained on the first halves of both, tested on the second: no page is in both.
         texts, labels = good[:half] + bad[:half], ["good"] * half + ["bad"] * half
-        for name, train in (("linear", LinearClassifier.train_on), ("encoder", EncoderClassifier.train_on)):
-            started = time.process_time()
-            model = train(texts, labels)
-            trained, tested = time.process_time() - started, good[half:] + bad[half:]
-            started = time.process_time()
-            scores = model.probabilities(tested)[:, model.config.labels.index("good")]
-            seconds = time.process_time() - started
-            is_good = [True] * (len(good) - half) + [False] * (len(bad) - half)
-            found = sum(score < 0.5 and not good_ for score, good_ in zip(scores, is_good))
-            false = sum(score < 0.5 and good_ for score, good_ in zip(scores, is_good))
-            row(f"quality, {name}: {kind}", len(bad) - half, found, false, len(good) - half, seconds, len(tested))
-            print(
-                f"|   area under the curve {ranking_quality(scores, is_good):.4f}, "
-                f"trained on {len(texts):,} in {trained:.0f} CPU s | | | | | |"
-            )
+        started = time.process_time()
+        model = LinearClassifier.train_on(texts, labels)
+        trained, tested = time.process_time() - started, good[half:] + bad[half:]
+        started = time.process_time()
+        scores = model.probabilities(tested)[:, model.config.labels.index("good")]
+        seconds = time.process_time() - started
+        is_good = [True] * (len(good) - half) + [False] * (len(bad) - half)
+        found = sum(score < 0.5 and not good_ for score, good_ in zip(scores, is_good))
+        false = sum(score < 0.5 and good_ for score, good_ in zip(scores, is_good))
+        row(f"quality, linear: {kind}", len(bad) - half, found, false, len(good) - half, seconds, len(tested))
+        print(
+            f"|   area under the curve {ranking_quality(scores, is_good):.4f}, trained on {len(texts):,} in {trained:.0f} CPU s | | | | | |"
+        )
 
 
 def shuffled(text: str, rng: Random) -> str:

@@ -26,7 +26,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--kind",
         choices=CLASSIFIERS,
         default="linear",
-        help="linear: fast; encoder: a small transformer, from nothing; pretrained: the model of --pretrained, fine-tuned",
+        help="linear: fast, on a CPU; pretrained: the model of --pretrained, fine-tuned",
     )
     parser.add_argument("--pretrained", metavar="FOLDER", help="a Hugging Face encoder such as DistilRoberta, its tokenizer with it")
     parser.add_argument("--seed", type=int, default=0)

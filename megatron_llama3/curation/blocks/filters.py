@@ -1,6 +1,6 @@
 """Heuristic filters (paper 3.1.1): repeated n-grams and dirty words; beside them datatrove's Gopher, C4 and FineWeb filters with our words.
 
-datatrove's filters split words with spaCy unless told otherwise; here they get `PlainWords`, so they need neither spaCy nor its models.
+datatrove's filters split words with spaCy unless told otherwise; here they get `RegexWordTokenizer`, and need neither spaCy nor models.
 """
 
 import re
@@ -13,7 +13,7 @@ from datatrove.pipeline.writers.disk_base import DiskWriter
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.curation.storage.list_file import read_lists
-from megatron_llama3.curation.text.words import PlainWords, is_unspaced, ngram_hashes, split_words, word_hashes
+from megatron_llama3.curation.text.words import RegexWordTokenizer, is_unspaced, ngram_hashes, split_words, word_hashes
 
 # Twice Gopher's limits (Rae et al. 2021, Table A1): with its own, 11% of 300 of Debian's manual pages would go.
 NGRAM_LIMITS = ((5, 0.30), (6, 0.28), (7, 0.26), (8, 0.24), (9, 0.22), (10, 0.20))
@@ -148,10 +148,10 @@ class _PlainlySplit:
     """Whatever `language` a filter of datatrove's is given, it splits words as this project does."""
 
     fixed_arguments = ("language",)
-    language = property(lambda self: _PLAIN_WORDS, lambda self, language: None)
+    language = property(lambda self: _WORD_TOKENIZER, lambda self, language: None)
 
 
-_PLAIN_WORDS = PlainWords()
+_WORD_TOKENIZER = RegexWordTokenizer()
 
 
 class GopherQuality(_PlainlySplit, GopherQualityFilter):

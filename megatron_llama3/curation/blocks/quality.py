@@ -1,4 +1,4 @@
-"""Quality by a trained model (paper 3.1.1): labels from a judge's file, a linear model or an encoder, a filter that scores and drops.
+"""Quality by a trained model (paper 3.1.1): labels from a judge's file, and a filter that scores and drops.
 
 A judge (the paper asked Llama 2 chat whether a document meets stated requirements) leaves JSONL: `text`, or the `id` of a document
 elsewhere, and `score`.

@@ -17,7 +17,6 @@ FEATURES_VERSION = 1
 # Imported when used: they import this module to save themselves, and transformers takes seconds.
 CLASSIFIERS = {
     "linear": "megatron_llama3.curation.classifiers.linear:LinearClassifier",
-    "encoder": "megatron_llama3.curation.classifiers.encoder:EncoderClassifier",
     "pretrained": "megatron_llama3.curation.classifiers.pretrained:PretrainedClassifier",
 }
 
@@ -41,7 +40,7 @@ def classifier_class(kind: str) -> type:
 
 
 def load_classifier(path: str | Path):
-    """A linear, encoder or pretrained classifier, as the file says. Raises UserError where it is none, or damaged."""
+    """A linear or a pretrained classifier, as the file says. Raises UserError where it is none, or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -4,6 +4,7 @@ Any of Hugging Face's encoders for sequence classification will do, by the folde
 needs transformers (the extra `convert`). The trained model is one file with all in it: what it was fine-tuned from may go.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.curation.classifiers.fit import fit
 from megatron_llama3.curation.classifiers.model_file import save_classifier
 
 _LONGEST = 512  # tokens of a text, from its start
@@ -52,9 +54,7 @@ class PretrainedClassifier:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             classifier = cls._untrained(base, names)
-            parameters = [{"params": classifier.model.parameters(), "lr": lr}]
-            fit(classifier.model.train(), lambda chosen: classifier._logits([texts[i] for i in chosen]), parameters, labels, epochs, batch)
-        classifier.model.eval()
+            classifier._fit(texts, torch.tensor([names.index(label) for label in labels]), epochs, lr, batch)
         return classifier
 
     @classmethod
@@ -72,6 +72,25 @@ class PretrainedClassifier:
         longest = min(tokenizer.model_max_length, positions, _LONGEST)
         config = PretrainedConfig(names, model.config.to_dict(), tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token_id, longest)
         return cls(config, model)
+
+    def _fit(self, texts: Sequence[str], targets: torch.Tensor, epochs: int, lr: float, batch: int) -> None:
+        """AdamW on the cross entropy, its rate warmed up and down to 0; classes of unequal size weigh the same. targets: int64 [texts]."""
+        classes = len(self.config.labels)
+        class_weight = (len(targets) / (classes * torch.bincount(targets, minlength=classes).float())).to(self.device)
+        optimizer = torch.optim.AdamW(self.model.train().parameters(), lr, weight_decay=0.01)
+        steps = epochs * -(-len(targets) // batch)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
+        with tqdm(total=steps, unit="step", disable=None, file=sys.stderr) as bar:
+            for _ in range(epochs):
+                for chosen in torch.randperm(len(targets)).split(batch):
+                    logits = self._logits([texts[i] for i in chosen.tolist()])
+                    loss = cross_entropy(logits, targets[chosen].to(self.device), weight=class_weight)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    bar.update()
+        self.model.eval()
 
     def _logits(self, texts: Sequence[str]) -> torch.Tensor:
         """[texts, labels]."""

@@ -57,7 +57,7 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-class PlainWords(WordTokenizer):
+class RegexWordTokenizer(WordTokenizer):
     """These words for datatrove's own filters, as their `language` argument: no spaCy, no download."""
 
     def word_tokenize(self, text: str) -> list[str]:

@@ -16,7 +16,7 @@ from megatron_llama3.curation.blocks.filters import (
     covered_words,
     duplicate_coverage,
 )
-from megatron_llama3.curation.text.words import PlainWords, split_words, word_hashes
+from megatron_llama3.curation.text.words import RegexWordTokenizer, split_words, word_hashes
 from tests.curation import planted
 from tests.curation.steps import judge
 
@@ -26,9 +26,9 @@ PROSE = planted.prose(Random(0), 40)
 def test_words_of_every_script():
     assert split_words("Don’t stop: 3 Größen, naïve!") == ["don’t", "stop", "3", "größen", "naïve"]
     assert split_words("自由と平等 free") == ["自", "由", "と", "平", "等", "free"]
-    assert PlainWords().word_tokenize("A #tag, b # (c)") == ["A", "tag", "b", "#", "c"]
-    assert PlainWords().sent_tokenize("One. Two! 三。四") == ["One.", "Two!", "三。", "四"]
-    assert PlainWords().span_tokenize("One. Two!") == [(0, 4), (5, 9)]
+    assert RegexWordTokenizer().word_tokenize("A #tag, b # (c)") == ["A", "tag", "b", "#", "c"]
+    assert RegexWordTokenizer().sent_tokenize("One. Two! 三。四") == ["One.", "Two!", "三。", "四"]
+    assert RegexWordTokenizer().span_tokenize("One. Two!") == [(0, 4), (5, 9)]
 
 
 def test_coverage_counts_repetitions_once():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -12,9 +13,11 @@ from megatron_llama3.config.errors import UserError
 from megatron_llama3.curation.blocks.quality import QualityFilter
 from megatron_llama3.curation.classifiers.model_file import load_classifier
 from tests.curation import planted
-from tests.curation.blocks.test_quality import TOOL, _changed, _write
+from tests.curation.blocks.test_quality import write_records
+from tests.curation.classifiers.models import change_description
 from tests.curation.steps import document, judge
 
+TOOL = Path(__file__).parents[3] / "tools" / "train_quality.py"
 LONG = " word" * 2000
 
 
@@ -64,7 +67,7 @@ def test_it_learns_is_saved_whole_and_filters(model, tmp_path):
     kept = {doc.id for doc in step.run(iter(documents))}
     assert np.mean([(doc.id in kept) == (label == "good") for doc, label in zip(documents, labels)]) > 0.9
     assert judge(QualityFilter(str(tmp_path / "model.npz"), min_score=1.01), texts[0])[0] == "low_quality"
-    _changed(tmp_path / "model.npz", config={"labels": ["bad", "good"]})
+    change_description(tmp_path / "model.npz", config={"labels": ["bad", "good"]})
     with pytest.raises(UserError, match=r"model\.npz: its weights do not fit its configuration"):
         load_classifier(tmp_path / "model.npz")
 
@@ -107,7 +110,7 @@ def test_what_folders_of_models_may_lack(base, tmp_path):
 @pytest.mark.slow
 def test_the_tool_fine_tunes_and_refuses_what_is_no_model(base, tmp_path):
     texts, labels = examples(60, 0)
-    judged = _write(tmp_path / "judged.jsonl", [{"text": t, "score": 4 if n == "good" else 1} for t, n in zip(texts, labels)])
+    judged = write_records(tmp_path / "judged.jsonl", [{"text": t, "score": 4 if n == "good" else 1} for t, n in zip(texts, labels)])
     command = [sys.executable, TOOL, "--judgements", judged, "--min-score", "3", "--output", tmp_path / "model.npz", "--kind", "pretrained"]
     result = subprocess.run([*command, "--pretrained", base], capture_output=True, text=True, check=True)
     assert "area under the ROC curve" in result.stdout
