@@ -33,6 +33,11 @@ class ParallelConfig:
     )
     engine: str = option("fsdp", "Data-parallel engine.", choices=("fsdp", "deepspeed"))
     zero_stage: int = option(1, "DeepSpeed's ZeRO stage: 1 with TP and PP, 2 and 3 with TP only. For --engine deepspeed only.")
+    reduce_gradients_every: int | None = option(
+        None,
+        "Micro-batches after which a chunk's gradients are reduced and only this rank's part of the sum is kept, as ZeRO-2 does: less "
+        "memory, more traffic. N suits interleaved stages. Default once a step. For --engine fsdp only.",
+    )
     optimizer_cpu_offload: bool = option(False, "Keep optimizer states and their step on the CPU (engine deepspeed).")
     recompute_granularity: str | None = option(
         None,

@@ -74,6 +74,7 @@ def refusals(config: "RunConfig") -> Iterator[str]:
     yield from _recompute(config)
     yield from _engine_and_dtype(config)
     yield from _schedules(config)
+    yield from _gradient_reduction(config)
     yield from _optimizer(config)
 
 
@@ -216,6 +217,23 @@ def _engine_and_dtype(config: "RunConfig") -> Iterator[str]:
         yield "--zero-stage 3 cannot run with --compile-blocks: compiled code reads weights before its hooks gather them"
     if optimizer.fp64:
         yield "--engine deepspeed cannot run with --fp64: use --engine fsdp"
+
+
+def _gradient_reduction(config: "RunConfig") -> Iterator[str]:
+    """--reduce-gradients-every where it would change nothing."""
+    parallel, every = config.parallel, config.parallel.reduce_gradients_every
+    if every is None:
+        return
+    given = f"--reduce-gradients-every {every}"
+    dp, cp = parallel.data_parallel_size, parallel.context_parallel_size
+    if parallel.engine != "fsdp":
+        yield f"{given} needs --engine fsdp, but --engine is {parallel.engine}: use --zero-stage 2, which reduces after each micro-batch"
+    elif dp * cp == 1:
+        yield f"{given} needs several ranks to reduce over, but DP x CP = {dp} x {cp}: leave it out"
+    elif dp and config.training.global_batch_size is not None:
+        microbatches = config.training.global_batch_size // (config.training.micro_batch_size * dp)
+        if microbatches <= every:
+            yield f"{given} is not below the {microbatches} micro-batches of a step, so it would reduce once a step as ever: leave it out"
 
 
 def _schedules(config: "RunConfig") -> Iterator[str]:

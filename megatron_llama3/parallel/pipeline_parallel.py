@@ -56,15 +56,17 @@ class _InputGradientOnly(Function):
 
 
 class GradientHooks(Protocol):
-    """What a data-parallel engine does around the backward passes of a chunk. `is_last`: the chunk's last one of this step."""
+    """What a data-parallel engine does around the backward passes of a chunk. `reduces`: what the chunk has accumulated is reduced after
+    this one, the last of a group of micro-batches or of the step. `is_last`: the chunk's last one of this step."""
 
-    def before_backward(self, chunk: int, is_last: bool) -> None: ...
+    def before_backward(self, chunk: int, reduces: bool, is_last: bool) -> None: ...
 
-    def after_weight_half(self, chunk: int, is_last: bool) -> None: ...
+    def after_weight_half(self, chunk: int, reduces: bool, is_last: bool) -> None: ...
 
 
 class PipelineExecutor:
-    """One step of one rank. `chunks`: global chunk number -> module."""
+    """One step of one rank. `chunks`: global chunk number -> module. `reduce_every`: micro-batches between two reductions of a chunk's
+    gradients; None for one a step."""
 
     def __init__(
         self,
@@ -75,9 +77,10 @@ class PipelineExecutor:
         device: torch.device,
         hooks: GradientHooks,
         deferred: DeferredWeightGradients | None = None,
+        reduce_every: int | None = None,
     ):
         self.actions, self.chunks, self.last_chunk = actions, chunks, last_chunk
-        self.group, self.device, self.hooks, self.deferred = group, device, hooks, deferred
+        self.group, self.device, self.hooks, self.deferred, self.reduce_every = group, device, hooks, deferred, reduce_every
         self._last_of_chunk = {(a.kind, a.chunk): a for a in actions}
 
     def run(
@@ -137,8 +140,7 @@ class PipelineExecutor:
 
     def _backward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
-        is_last = self._last_of_chunk[action.kind, action.chunk] is action
-        self.hooks.before_backward(action.chunk, is_last and action.kind == "B")
+        self.hooks.before_backward(action.chunk, *(self._reduces_and_is_last(action) if action.kind == "B" else (False, False)))
         grad = None
         if action.chunk != self.last_chunk:
             grad = self._arrived("RECV_B", action, self.grads, action.chunk + 1)
@@ -153,6 +155,11 @@ class PipelineExecutor:
 
     def _weight_half(self, action: Action) -> None:
         self.deferred.run(self.weight_halves.pop((action.chunk, action.microbatch)))
-        self.hooks.after_weight_half(action.chunk, self._last_of_chunk["W", action.chunk] is action)
+        self.hooks.after_weight_half(action.chunk, *self._reduces_and_is_last(action))
+
+    def _reduces_and_is_last(self, action: Action) -> tuple[bool, bool]:
+        is_last = self._last_of_chunk[action.kind, action.chunk] is action
+        ends_group = self.reduce_every is not None and (action.microbatch + 1) % self.reduce_every == 0
+        return is_last or ends_group, is_last
 
     _COMMANDS = {"F": _forward, "B": _backward, "I": _backward, "W": _weight_half, "RECV_F": _receive, "RECV_B": _receive}

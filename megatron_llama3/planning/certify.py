@@ -156,6 +156,9 @@ def _trial(config: RunConfig, axes: dict[str, int], microbatch_class: str) -> Tr
     small.training.micro_batch_size = min(config.training.micro_batch_size, 2)
     small.training.global_batch_size = m * small.training.micro_batch_size * axes["dp"]
     small.training.loss_chunk_size = 20
+    if small.parallel.reduce_gradients_every:
+        several = m > 1 and axes["dp"] * axes["cp"] > 1
+        small.parallel.reduce_gradients_every = min(small.parallel.reduce_gradients_every, m - 1) if several else None
     small.validate()
     return Trial(small, axes, m)
 
@@ -285,6 +288,7 @@ def _features(config: RunConfig) -> list[str]:
     features = {
         f"engine {p.engine}" + (f", ZeRO-{p.zero_stage}" if p.engine == "deepspeed" else ""): True,
         "optimizer offload": p.optimizer_cpu_offload,
+        "gradients reduced several times a step": p.reduce_gradients_every is not None,
         "sequence parallelism": p.sequence_parallel,
         f"schedule {p.pipeline_schedule}": stages > 1,
         f"V = {p.chunks_per_rank} chunks a rank": p.chunks_per_rank > 1,

@@ -59,12 +59,12 @@ class DeepSpeedEngine(Engine):
 
     # --- around backward passes ---
 
-    def before_backward(self, chunk: int, is_last: bool) -> None:
+    def before_backward(self, chunk: int, reduces: bool, is_last: bool) -> None:
         """ZeRO-2 and 3 reduce after each backward pass (DeepSpeed's own hooks) and add up what they own; ZeRO-1 waits for the last."""
         if self.stage > 1:
             self.deepspeed.set_gradient_accumulation_boundary(is_last)
 
-    def after_weight_half(self, chunk: int, is_last: bool) -> None:
+    def after_weight_half(self, chunk: int, reduces: bool, is_last: bool) -> None:
         """Nothing: ZeRO-1 looks at gradients when the schedule is done."""
 
     @torch.no_grad()

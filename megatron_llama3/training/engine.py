@@ -96,10 +96,10 @@ class Engine(ABC):
     # --- what an engine does around backward passes ---
 
     @abstractmethod
-    def before_backward(self, chunk: int, is_last: bool) -> None: ...
+    def before_backward(self, chunk: int, reduces: bool, is_last: bool) -> None: ...
 
     @abstractmethod
-    def after_weight_half(self, chunk: int, is_last: bool) -> None: ...
+    def after_weight_half(self, chunk: int, reduces: bool, is_last: bool) -> None: ...
 
     @abstractmethod
     def finish_gradients(self) -> None:
@@ -164,7 +164,8 @@ class Engine(ABC):
         s, b = inputs[0].tokens.shape
         shape = (s // self.tp.size if self.tp.sequence_parallel else s, b, self.config.model.hidden_size)
         actions = self._schedule(len(inputs), forward_only)
-        executor = PipelineExecutor(actions, self.chunks, self.last_chunk, self.groups.pp, self.groups.device, self, self.deferred)
+        at, every = self.groups, self.config.parallel.reduce_gradients_every
+        executor = PipelineExecutor(actions, self.chunks, self.last_chunk, at.pp, at.device, self, self.deferred, every)
         executor.run(inputs, on_loss, shape, self.compute_dtype)
 
     def _schedule(self, microbatches: int, forward_only: bool) -> list[Action]:

@@ -34,23 +34,24 @@ class Fsdp2Engine(Engine):
 
     # --- around backward passes ---
 
-    def before_backward(self, chunk: int, is_last: bool) -> None:
-        """Gradients stay on this rank, and weights gathered, until the chunk's last backward."""
+    def before_backward(self, chunk: int, reduces: bool, is_last: bool) -> None:
+        """Whole gradients stay on this rank until they are reduced and added, in the main dtype, to this rank's parts of them; weights
+        stay gathered until the chunk's last backward."""
         module = self.chunks[chunk]
         if isinstance(module, FSDPModule):
-            module.set_is_last_backward(is_last)
-            module.set_requires_gradient_sync(is_last)
+            module.set_is_last_backward(reduces)  # the reduction's buffers are freed after it
+            module.set_requires_gradient_sync(reduces)
             module.set_reshard_after_backward(is_last)
 
-    def after_weight_half(self, chunk: int, is_last: bool) -> None:
+    def after_weight_half(self, chunk: int, reduces: bool, is_last: bool) -> None:
         """FSDP's own hooks have run with the input half, before these gradients existed: accumulate them in the main dtype, and reduce
-        after the last."""
+        where a group of micro-batches ends."""
         module = self.chunks[chunk]
         if not isinstance(module, FSDPModule):
             return
         # With one micro-batch nothing has been accumulated before the last half, and FSDP would reduce its bf16 beside others' float32.
-        for reduce in (False, True) if is_last else (False,):
-            self.before_backward(chunk, reduce)
+        for reduce in (False, True) if reduces else (False,):
+            self.before_backward(chunk, reduce, reduce and is_last)
             fully_shard.state(module)._root_post_backward_final_callback()
 
     @torch.no_grad()

@@ -77,6 +77,9 @@ REFUSED = [
     ("--engine deepspeed --fp64", ["deepspeed", "--fp64"]),
     ("--engine deepspeed --zero-stage 3 --compile-blocks", ["--zero-stage 3", "--compile-blocks"]),
     (_PP2 + "--engine deepspeed --zero-stage 3", ["--zero-stage 3", "--pipeline-model-parallel-size 2"]),
+    ("--world-size 2 --global-batch-size 8 --reduce-gradients-every 4", ["--reduce-gradients-every 4", "4 micro-batches"]),
+    ("--global-batch-size 8 --reduce-gradients-every 2", ["--reduce-gradients-every 2", "DP x CP = 1 x 1"]),
+    ("--world-size 2 --engine deepspeed --reduce-gradients-every 2", ["--reduce-gradients-every 2", "deepspeed", "--zero-stage 2"]),
     ("--num-layers 0", ["--num-layers 0"]),
     ("--lr -1", ["--lr -1"]),
     ("--lr nan", ["--lr nan"]),
@@ -114,6 +117,7 @@ ACCEPTED = [
     _PP2 + "--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 3",
     _PP2 + "--engine deepspeed --optimizer-cpu-offload",
     "--engine deepspeed --zero-stage 3 --world-size 2",
+    "--world-size 2 --global-batch-size 8 --reduce-gradients-every 3",
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "--context-parallel-size 2 --world-size 2 --seq-length 1004",
 ]

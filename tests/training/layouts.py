@@ -30,6 +30,7 @@ AXES: dict[str, tuple] = {
     "tied": (False, True),
     "kv_heads": (1, 2, 3),
     "frozen": (False, True),
+    "reduce_every": (None, 1, 2),
     "micro_batch": (1, 2),
     "positions": ("packed", "reset", "no document mask"),
 }
@@ -40,6 +41,7 @@ DEEPSPEED_AXES = AXES | {
     "split": ("even", "embedding"),
     "engine": ("deepspeed-zero-1", "deepspeed-zero-2", "deepspeed-zero-3", "deepspeed-zero-2-offload"),
     "recompute": (None, "full-uniform-1"),
+    "reduce_every": (None,),
     "kv_heads": (1, 3),
     "positions": ("packed",),
 }
@@ -94,6 +96,7 @@ def _parallel(row: Row) -> ParallelConfig:
         account_for_embedding_in_pipeline_split="embedding" in row["split"],
         account_for_loss_in_pipeline_split="loss" in row["split"],
         engine=engine,
+        reduce_gradients_every=row["reduce_every"],
         zero_stage=int(stage),
         optimizer_cpu_offload=offload == "offload",
         recompute_granularity=granularity or None,
@@ -157,6 +160,7 @@ def random_rows(generator: random.Random, axes: dict[str, tuple] = AXES) -> Iter
             row |= neutral
         row["sp"] = row["sp"] and row["tp"] > 1
         row["n"] = row["n"] if row["v"] > 1 else None
+        row["reduce_every"] = row["reduce_every"] if row["dp"] * row["cp"] > 1 else None
         row["recompute"] = row["recompute"] if row["schedule"] == "1f1b" else None
         if accepted(row):
             yield row

@@ -56,10 +56,10 @@ def _count(config: RunConfig, evaluate: bool = False) -> Counter:
     return calls.counts
 
 
-def counts(evaluate: bool = False, **row) -> list[Counter]:
+def counts(evaluate: bool = False, sequences: int = SEQUENCES, **row) -> list[Counter]:
     config = config_of({**PLAIN, **row})
     config.model.num_layers = LAYERS
-    config.training.global_batch_size = SEQUENCES
+    config.training.global_batch_size = sequences
     config.training.loss_chunk_size = 1000
     return run_ranks(config.parallel.world_size, _count, config, evaluate)
 
@@ -122,6 +122,24 @@ def test_interleaved_stages_gather_each_weight_once(schedule):
     for count in counts(dp=2, pp=2, v=2, schedule=schedule):
         assert sent(count, "dp_cp", "gather") == LAYERS // 2 + 1
         assert sent(count, "dp_cp", "reduce_scatter") == LAYERS // 2 + 1
+
+
+@pytest.mark.parametrize("every, reductions", [(None, 1), (1, 2)])
+def test_gradients_are_reduced_once_a_group_of_microbatches(every, reductions):
+    for count in counts(dp=2, reduce_every=every):
+        assert sent(count, "dp_cp", "gather") == LAYERS + 1
+        assert sent(count, "dp_cp", "reduce_scatter") == reductions * (LAYERS + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{}, {"v": 2}, {"schedule": "zero-bubble"}, {"v": 2, "schedule": "zero-bubble"}], ids=str)
+def test_gradients_are_reduced_once_a_group_under_a_pipeline(layout):
+    """4 micro-batches in groups of 3: one of three and one of the last alone. Under zero bubble the output layer's gradients, which are
+    not put off, may all be there when the first group ends."""
+    for count in counts(dp=2, pp=2, reduce_every=3, sequences=8, **layout):
+        assert sent(count, "dp_cp", "gather") == LAYERS // 2 + 1
+        missing = 2 * (LAYERS // 2 + 1) - sent(count, "dp_cp", "reduce_scatter")
+        assert missing == 0 or (missing == 1 and "schedule" in layout)
 
 
 def test_context_parallelism_gathers_keys_and_values_together():

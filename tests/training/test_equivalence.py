@@ -136,13 +136,14 @@ def test_random_layouts():
 BF16_ROWS: list[Row] = [
     {**PLAIN, **row}
     for row in (
-        {"tp": 2, "sp": True, "pp": 2, "v": 2, "dp": 2},
+        {"tp": 2, "sp": True, "pp": 2, "v": 2, "dp": 2, "reduce_every": 2},
         {"tp": 4, "kv_heads": 2, "tied": True},
         {"cp": 2, "dp": 2, "recompute": "full-uniform-1"},
         {"pp": 3, "schedule": "zero-bubble", "split": "embedding+loss", "dp": 2},
         {"tp": 3, "sp": True, "pp": 2, "tied": True, "frozen": True},
         {"tp": 2, "sp": True, "cp": 2, "pp": 2, "schedule": "zero-bubble", "v": 2, "micro_batch": 2},
         {"pp": 2, "dp": 2, "micro_batch": 3},
+        {"pp": 2, "dp": 2, "schedule": "zero-bubble", "reduce_every": 1},
     )
 ]
 BF16_ROWS += [{**row, "engine": "deepspeed-zero-1"} for row in BF16_ROWS[:2]] if DEEPSPEED else []
@@ -163,7 +164,7 @@ def check_bf16(row: Row, steps: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", [BF16_ROWS[0], BF16_ROWS[3], *BF16_ROWS[7:8]], ids=name_of)
+@pytest.mark.parametrize("row", [BF16_ROWS[0], BF16_ROWS[3], *BF16_ROWS[8:9]], ids=name_of)
 def test_bf16_sample(row):
     check_bf16(row, steps=5)
 
@@ -175,7 +176,7 @@ def test_bf16(row):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{}, {"dp": 2}, {"pp": 2, "schedule": "zero-bubble"}], ids=str)
+@pytest.mark.parametrize("layout", [{}, {"dp": 2}, {"dp": 2, "reduce_every": 1}, {"pp": 2, "schedule": "zero-bubble"}], ids=str)
 def test_bf16_error_does_not_grow_with_micro_batches(layout):
     def trace(dtype: str, microbatches: int) -> Trace:
         row = {**PLAIN, **layout}
