@@ -9,7 +9,7 @@ from dataclasses import fields
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 
-SCHEDULE_FIELDS = ("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters")
+SCHEDULE_FIELDS = ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_samples")
 DATA_FIELDS = ("data_path", "train_data_path", "valid_data_path", "split", "seq_length", "seq_length_schedule")
 SEMANTIC_DATA_FIELDS = ("reset_position_ids", "document_mask", "loss_across_documents")
 BATCH_FIELDS = ("global_batch_size", "step_batch_size_schedule")
@@ -21,17 +21,29 @@ def check_compatible(saved: RunConfig, current: RunConfig, path: str) -> None:
     if current.checkpoint.finetune:
         return
     if not current.checkpoint.override_opt_param_scheduler:
-        flag = "--override-opt-param-scheduler"
-        _needs_flag(_schedule(saved), _schedule(current), flag, path)
+        _check_schedule(saved, current, path)
     if not current.checkpoint.override_data:
         _needs_flag(_data(saved), _data(current), "--override-data", path)
 
 
-def _schedule(config: RunConfig) -> dict:
-    values = {name: getattr(config.optimizer, name) for name in SCHEDULE_FIELDS}
-    if config.optimizer.lr_decay_style == "constant":
-        return values | {"lr_decay_iters": None}
-    return values | {"lr_decay_iters": config.optimizer.lr_decay_iters or config.training.train_iters}
+def _check_schedule(saved: RunConfig, current: RunConfig, path: str) -> None:
+    flag = "--override-opt-param-scheduler"
+    theirs, ours = ({name: getattr(c.optimizer, name) for name in SCHEDULE_FIELDS} for c in (saved, current))
+    _needs_flag(theirs, ours, flag, path)
+    said_by, *here = _end_of_decay(current)
+    _, *there = _end_of_decay(saved)
+    if here != there and current.optimizer.lr_decay_style != "constant":
+        here, there = " ".join(here), " ".join(there)
+        raise UserError(f"{said_by}: the decay ends at {here} here and at {there} in {path}: add {flag} if that is meant")
+
+
+def _end_of_decay(config: RunConfig) -> tuple[str, str, str]:
+    """(the flag that says it, number, unit)"""
+    optimizer, training = config.optimizer, config.training
+    unit = "steps" if training.train_samples is None else "sequences"
+    names = ("lr_decay_iters", "train_iters") if training.train_samples is None else ("lr_decay_samples", "train_samples")
+    name = names[0] if getattr(optimizer, names[0]) else names[1]
+    return _flag(name), str(getattr(optimizer, name, None) or getattr(training, name)), unit
 
 
 def _data(config: RunConfig) -> dict:

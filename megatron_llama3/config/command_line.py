@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from megatron_llama3.config import validate
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.fields import FieldSpec, field_specs, groups
-from megatron_llama3.config.megatron_flags import explain, fixed_flags
+from megatron_llama3.config.megatron_flags import explain_all, fixed_flags, flags_without_effect, notices
 from megatron_llama3.config.presets import PRESETS
 from megatron_llama3.config.run import RunConfig
 
@@ -37,6 +37,9 @@ def build_parser(config_class: type[RunConfig] = RunConfig) -> argparse.Argument
     fixed = parser.add_argument_group("Megatron-LM's flags that Llama 3 fixes: accepted with this value only")
     for flag, kwargs in fixed_flags().items():
         fixed.add_argument(flag, dest="_fixed", **kwargs)
+    ignored = parser.add_argument_group("Megatron-LM's flags without effect here: accepted with a notice")
+    for flag, kwargs in flags_without_effect().items():
+        ignored.add_argument(flag, dest=f"_ignored {flag}", **kwargs)
     return parser
 
 
@@ -59,7 +62,7 @@ def _add_field(section: argparse._ArgumentGroup, spec: FieldSpec) -> None:
         *spec.aliases,
         dest=dest,
         type=spec.type,
-        nargs="*" if spec.is_list else None,
+        nargs=spec.nargs,
         choices=spec.choices or None,
         metavar=metavar,
         help=help_text,
@@ -71,9 +74,12 @@ def parse_run_config(argv: list[str], config_class: type[Config] = RunConfig) ->
     parser = build_parser(config_class)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(explain(unknown[0], sorted(parser._option_string_actions)))
+        raise UserError(explain_all(unknown, sorted(parser._option_string_actions)))
     given = vars(namespace)
     given.pop("_fixed", None)
+    ignored = [name for name in given if name.startswith("_ignored ")]
+    for name in ignored:
+        del given[name]
     model_name, values = given.pop("model_name", None), {}
     dry_run = given.pop("dry_run", False)
     if "config" in given:
@@ -85,6 +91,7 @@ def parse_run_config(argv: list[str], config_class: type[Config] = RunConfig) ->
     _take_world_size(values, given, dry_run)
     config = _build(config_class, model_name, values)
     config.dry_run = dry_run
+    config.notices = notices([name.removeprefix("_ignored ") for name in ignored])
     validate.resolve(config, given_seq_length=("data", "seq_length") in values)
     validate.validate(config)
     return config

@@ -13,9 +13,9 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] = (), aliases: t
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "zero_ok": zero_ok})
 
 
-def list_option(help: str) -> dict[str, Any]:
-    """Keyword arguments of `dataclasses.field` for a list, empty by default; on the command line `nargs="*"`."""
-    return {"default_factory": list, "metadata": {"help": help}}
+def list_option(help: str, *, default: tuple = (), nargs: str = "*") -> dict[str, Any]:
+    """Keyword arguments of `dataclasses.field` for a list; `nargs` is argparse's."""
+    return {"default_factory": lambda: list(default), "metadata": {"help": help, "nargs": nargs}}
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class FieldSpec:
     choices: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     zero_ok: bool = False
+    nargs: str | None = None
 
     @property
     def flag(self) -> str:

@@ -28,7 +28,9 @@ class OptimizerConfig:
     min_lr: float = option(0.0, "Floor of the learning rate.", zero_ok=True)
     lr_decay_style: str = option("cosine", "Shape of the decay after warm-up.", choices=("cosine", "linear", "constant"))
     lr_decay_iters: int | None = option(None, "Optimizer steps at which the floor is reached; default --train-iters.")
+    lr_decay_samples: int | None = option(None, "With --train-samples: sequences at which the floor is reached; default --train-samples.")
     lr_warmup_iters: int = option(0, "Optimizer steps of linear warm-up.", zero_ok=True)
+    lr_warmup_samples: int = option(0, "With --train-samples: sequences of linear warm-up.", zero_ok=True)
     weight_decay: float = option(0.1, "AdamW's decoupled weight decay, on matrices only.", zero_ok=True)
     adam_beta1: float = option(0.9, "AdamW beta 1.", zero_ok=True)
     adam_beta2: float = option(0.95, "AdamW beta 2.", zero_ok=True)
@@ -56,11 +58,16 @@ class TrainingConfig:
         None, "Global batch size by tokens seen, such as '0:1024 2.87T:2048' (K, M, B, T are powers of 1000)."
     )
     train_iters: int = option(0, "Optimizer steps of the whole run.", zero_ok=True)
+    train_samples: int | None = option(
+        None, "Sequences of the whole run, instead of --train-iters; the learning rate then goes by --lr-warmup-samples and its like."
+    )
     eval_interval: int = option(1000, "Steps between evaluations on the validation split.")
     eval_iters: int = option(100, "Global batches an evaluation; 0 switches it off.", zero_ok=True)
     seed: int = option(1234, "Seed of initial weights and data order.", zero_ok=True)
     attention_kernel: str = option("auto", "Attention backend.", choices=("auto", "sdpa", "flex", "varlen", "reference"))
     loss_chunk_size: int = option(1024, "Tokens whose logits are held at a time.")
+    manual_gc: bool = option(False, "Collect Python's garbage at the same steps on every rank, and at no other time.")
+    manual_gc_interval: int = option(0, "With --manual-gc: steps between collections; 0: only at the start.", zero_ok=True)
     exit_interval: int | None = option(None, "Save and exit when the step is divisible by this.")
     exit_duration_in_mins: int | None = option(None, "Save and exit after this many minutes.")
     exit_signal_handler: bool = option(False, "On SIGTERM or SIGUSR1 save and exit, with status 75 if steps are left to do.")
@@ -105,6 +112,14 @@ class LoggingConfig:
     log_straggler: bool = option(False, "Measure each rank's own work and name ranks that are slow.")
     straggler_interval: int = option(50, "With --log-straggler: steps between comparisons of all ranks.")
     straggler_factor: float = option(1.3, "With --log-straggler: how many times the median of all ranks is slow.")
+    tensorboard_dir: str | None = option(None, "Folder of TensorBoard's files; unset, none are written.")
+    profile: bool = option(False, "Trace a window of steps into profile/ of the log folder (torch.profiler; opens in Perfetto).")
+    profile_step_start: int = option(10, "With --profile: steps of the run before the first traced one.")
+    profile_step_end: int = option(12, "With --profile: the last traced step.")
+    profile_ranks: list[int] = field(**list_option("With --profile: the ranks that are traced (default 0).", default=(0,), nargs="+"))
+    record_memory_history: bool = option(
+        False, "Keep the CUDA allocator's history; written into memory/ of the log folder when the device is out of memory, and at the end."
+    )
     wandb_project: str | None = option(None, "Weights & Biases project; unset, W&B is not used.")
     wandb_exp_name: str | None = option(None, "Weights & Biases run name.")
     wandb_save_dir: str | None = option(None, "Folder of W&B's local files.")
@@ -120,7 +135,11 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    dry_run: bool = False  # check the layout, print what follows from it, and stop; belongs to one command, so no YAML holds it
+    # These belong to one command, so no YAML holds them.
+    dry_run: bool = False
+    """check the layout, print what follows from it, and stop"""
+    notices: list[str] = field(default_factory=list, compare=False)
+    """lines to be said at the start: what was asked for and has no effect"""
 
     def validate(self) -> None:
         """Raises UserError with one line for each thing that cannot work. Imports no torch."""

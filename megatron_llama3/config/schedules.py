@@ -1,5 +1,6 @@
 """Ramps of batch size and sequence length by tokens seen (paper, section 3.4.1), as pure functions of the config."""
 
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
@@ -83,11 +84,31 @@ def phase_at(config, consumed_tokens: int) -> tuple[int, int]:
 
 def tokens_after(config, iterations: int) -> int:
     """Tokens seen after so many optimizer steps from the start of the run."""
-    consumed, plan = 0, phases(config)
-    for phase, following in zip(plan, [*plan[1:], None]):
-        steps = iterations
-        if following is not None:
-            steps = min(iterations, max(0, -(-(following.start - consumed) // phase.tokens_per_step)))
+    consumed = 0
+    for phase, most in _steps_of_phases(config):
+        steps = iterations if most is None else min(iterations, most)
         consumed += steps * phase.tokens_per_step
         iterations -= steps
     return consumed
+
+
+def iterations_of(config, samples: int) -> int:
+    """Optimizer steps that read at most so many sequences from the start of the run, as Megatron-LM counts them: a rest is not read."""
+    iterations = 0
+    for phase, most in _steps_of_phases(config):
+        steps = samples // phase.global_batch_size
+        if most is None or steps < most:
+            return iterations + steps
+        iterations += most
+        samples -= most * phase.global_batch_size
+    return iterations
+
+
+def _steps_of_phases(config) -> Iterator[tuple[Phase, int | None]]:
+    """Each phase with its optimizer steps; None for the last, which has no end."""
+    consumed, plan = 0, phases(config)
+    for phase, following in pairwise(plan):
+        steps = max(0, -(-(following.start - consumed) // phase.tokens_per_step))
+        consumed += steps * phase.tokens_per_step
+        yield phase, steps
+    yield plan[-1], None

@@ -25,6 +25,7 @@ def resolve(config: "RunConfig", given_seq_length: bool = True) -> None:
     `given_seq_length` is False where the user left --seq-length at its default. What cannot be derived is left for `validate` to refuse.
     """
     _resolve_virtual_stages(config)
+    _resolve_sequence_parallel(config)
     try:
         batches, lengths = schedules.batch_size_steps(config), schedules.seq_length_steps(config)
     except UserError:
@@ -34,6 +35,15 @@ def resolve(config: "RunConfig", given_seq_length: bool = True) -> None:
     largest = max(size for _, size in batches)
     if config.training.global_batch_size is None and largest > 0:
         config.training.global_batch_size = largest
+    if config.training.train_samples and not config.training.train_iters and largest > 0:
+        config.training.train_iters = schedules.iterations_of(config, config.training.train_samples)
+
+
+def _resolve_sequence_parallel(config: "RunConfig") -> None:
+    """As Megatron-LM does: its command lines carry the flag whatever TP is."""
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        config.parallel.sequence_parallel = False
+        config.notices.append("without effect here: --sequence-parallel (--tensor-model-parallel-size is 1)")
 
 
 def _resolve_virtual_stages(config: "RunConfig") -> None:
@@ -76,6 +86,7 @@ def refusals(config: "RunConfig") -> Iterator[str]:
     yield from _schedules(config)
     yield from _gradient_reduction(config)
     yield from _optimizer(config)
+    yield from _logging(config)
 
 
 def _out_of_range(config: "RunConfig") -> Iterator[str]:
@@ -83,10 +94,11 @@ def _out_of_range(config: "RunConfig") -> Iterator[str]:
         value = getattr(getattr(config, spec.group), spec.name)
         if spec.type not in (int, float) or value is None:
             continue
-        if not math.isfinite(value):
-            yield f"{spec.flag} {value}: must be a finite number"
-        elif value < 0 or (value == 0 and not spec.zero_ok):
-            yield f"{spec.flag} {value}: must be {'0 or more' if spec.zero_ok else 'above 0'}"
+        for number in value if spec.is_list else [value]:
+            if not math.isfinite(number):
+                yield f"{spec.flag} {number}: must be a finite number"
+            elif number < 0 or (number == 0 and not spec.zero_ok and not spec.is_list):
+                yield f"{spec.flag} {number}: must be {'0 or more' if spec.zero_ok or spec.is_list else 'above 0'}"
 
 
 def _model(config: "RunConfig") -> Iterator[str]:
@@ -278,9 +290,44 @@ def _optimizer(config: "RunConfig") -> Iterator[str]:
             yield f"{flag(name)} {getattr(optimizer, name)}: must be below 1"
     if optimizer.min_lr > optimizer.lr:
         yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}"
+    yield from _samples(config)
     decay = optimizer.lr_decay_iters or config.training.train_iters
     if decay and optimizer.lr_decay_style != "constant" and optimizer.lr_warmup_iters >= decay:
         yield f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of --lr-decay-iters {decay}"
+
+
+def _samples(config: "RunConfig") -> Iterator[str]:
+    """A run is told in steps or in sequences, its learning rate in the same."""
+    training, optimizer = config.training, config.optimizer
+    if training.train_samples is None:
+        for name in ("lr_decay_samples", "lr_warmup_samples"):
+            if getattr(optimizer, name):
+                yield f"{flag(name)} {getattr(optimizer, name)} needs --train-samples: give {flag(name).replace('samples', 'iters')}"
+        return
+    for name in ("lr_decay_iters", "lr_warmup_iters"):
+        if getattr(optimizer, name):
+            yield f"{flag(name)} {getattr(optimizer, name)} with --train-samples: give {flag(name).replace('iters', 'samples')}"
+    try:
+        steps = schedules.iterations_of(config, training.train_samples)
+    except (UserError, ZeroDivisionError):
+        return  # what is wrong with the schedule or the batch has its own line
+    if training.train_iters != steps:
+        yield f"--train-iters {training.train_iters} and --train-samples {training.train_samples}, which are {steps} steps: give one"
+    decay = optimizer.lr_decay_samples or training.train_samples
+    if optimizer.lr_decay_style != "constant" and optimizer.lr_warmup_samples >= decay:
+        yield f"--lr-warmup-samples {optimizer.lr_warmup_samples} leaves nothing of --lr-decay-samples {decay}"
+
+
+def _logging(config: "RunConfig") -> Iterator[str]:
+    log = config.logging
+    if log.profile and log.profile_step_end <= log.profile_step_start:
+        yield f"--profile-step-end {log.profile_step_end} does not come after --profile-step-start {log.profile_step_start}"
+    for rank in log.profile_ranks if log.profile else []:
+        if rank >= config.parallel.world_size:
+            yield f"--profile-ranks {rank}: there are {config.parallel.world_size} ranks, counted from 0"
+    for name in ("profile", "record_memory_history"):
+        if getattr(log, name) and log.log_dir is None and config.checkpoint.save is None:
+            yield f"{flag(name)} writes into --log-dir or --save: give one"
 
 
 def missing_inputs(config: "RunConfig") -> Iterator[str]:
@@ -300,6 +347,8 @@ def missing_inputs(config: "RunConfig") -> Iterator[str]:
         yield f"--tokenizer-model {data.tokenizer_model}: no such file or folder"
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         yield f"--wandb-project {config.logging.wandb_project}: wandb is not installed: pip install megatron-llama3[wandb]"
+    if config.logging.tensorboard_dir is not None and find_spec("tensorboard") is None:
+        yield f"--tensorboard-dir {config.logging.tensorboard_dir}: tensorboard is not installed: pip install tensorboard"
     if config.parallel.engine == "deepspeed" and find_spec("deepspeed") is None:
         yield "--engine deepspeed: it is not installed: pip install megatron-llama3[deepspeed]"
     yield from _checkpoint(config)

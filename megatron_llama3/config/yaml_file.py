@@ -64,7 +64,9 @@ def _checked(path: str, spec: FieldSpec, value: Any) -> Any:
     if spec.is_list:
         if not isinstance(value, list):
             raise UserError(f"{where} is {value!r}: expected a list")
-        return [str(item) for item in value]
+        if spec.type is not str and any(type(item) is not spec.type for item in value):
+            raise UserError(f"{where} is {value!r}: expected a list of {spec.type.__name__}")
+        return [spec.type(item) for item in value]
     if spec.type is float and isinstance(value, str | int) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 3e-4 as text

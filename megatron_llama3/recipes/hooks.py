@@ -18,8 +18,10 @@ from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.parallel.groups import ParallelGroups
 from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.events import EventLog
+from megatron_llama3.training.garbage import ManualGarbageCollection
 from megatron_llama3.training.loop import Hook
 from megatron_llama3.training.metrics import MetricsLogger
+from megatron_llama3.training.profiling import Profile
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult
 from megatron_llama3.training.straggler import StragglerReport
@@ -69,6 +71,8 @@ def hooks_in_order(
     writer = CheckpointWriter(config, engine, start and start.folder) if config.checkpoint.save is not None else None
     hooks = [noting_steps(observers, train_stream)]
     hooks += [observers.logger] if observers.logger is not None else []
+    hooks += [Profile(config, engine.groups.rank)] if config.logging.profile else []
+    hooks += [ManualGarbageCollection(config.training.manual_gc_interval)] if config.training.manual_gc else []
     hooks += [StragglerReport(config.logging, engine.groups, observers.events)] if config.logging.log_straggler else []
     hooks += [rolling_back(engine, train_stream, config, observers, writer, start)]
     hooks += [saving(writer, train_stream, config, observers)] if writer is not None else []
@@ -116,6 +120,7 @@ def rolling_back(
         restored = load_checkpoint(target, replace(config, checkpoint=plain), engine, stream)
         stream.load_state_dict(position)
         state.lost_updates, state.skipped_in_a_row = state.iteration - restored.updates, 0
+        state.lost_samples = state.consumed_samples - restored.update_samples
         state.recent_losses, state.useful_seconds = restored.recent_losses, restored.useful_seconds
         state.rolled_back_to.append(restored.iteration)
         observers.note("rollback", state, to=restored.iteration, lost_updates=before - restored.updates)

@@ -33,11 +33,13 @@ def pretrain(config: RunConfig) -> int:
     from megatron_llama3.training.build import build_engine
     from megatron_llama3.training.failures import noted_failures
     from megatron_llama3.training.loop import train
+    from megatron_llama3.training.profiling import memory_history
 
     streams = build_train_and_valid_streams(config)
     groups = initialize_groups(config.parallel, config.training.distributed_timeout_minutes)
     say = partial(print, flush=True) if groups.rank == 0 else lambda line: None
-    say(describe(config))
+    for line in [*config.notices, describe(config)]:
+        say(line)
 
     start = find_start(config, groups)  # refused before any weight is made if it does not fit
     engine = build_engine(config, groups)
@@ -48,7 +50,7 @@ def pretrain(config: RunConfig) -> int:
     observers = Observers(config, groups, state)
     hooks = hooks_in_order(engine, streams, config, observers, start)
     observers.note("start", state, since=since, loaded=start and str(start.folder), world_size=config.parallel.world_size)
-    with noted_failures(observers.events, state, groups.rank):
+    with memory_history(config, groups.rank), noted_failures(observers.events, state, groups.rank):
         reason = train(engine, streams[0], state, config, hooks, stop)
     observers.note("stop", state, reason=reason, is_finished=state.iteration >= config.training.train_iters)
     observers.close()
@@ -74,7 +76,7 @@ def main() -> int:
         return pretrain(config)
     from megatron_llama3.planning.estimate import describe
 
-    print(describe(config))
+    print(*config.notices, describe(config), sep="\n")
     return 0
 
 

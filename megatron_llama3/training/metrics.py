@@ -1,5 +1,5 @@
 """What a person watching a run sees: a progress bar on a terminal or plain lines in a log file, and the same numbers as JSON lines and in
-Weights & Biases (offline unless told otherwise). Rank 0 writes."""
+Weights & Biases (offline unless told otherwise) and TensorBoard. Rank 0 writes."""
 
 import resource
 import sys
@@ -37,6 +37,7 @@ class MetricsLogger:
         folder = log_folder(config)
         self.path = folder / METRICS_FILE if folder is not None else None
         self.wandb = _start_wandb(config)
+        self.tensorboard = _start_tensorboard(config, state)
         self.bar = None
         if sys.stdout.isatty():
             self.bar = tqdm(total=config.training.train_iters, initial=state.iteration, unit="step", file=sys.stdout, dynamic_ncols=True)
@@ -73,6 +74,8 @@ class MetricsLogger:
             self.bar.close()
         if self.wandb is not None:
             self.wandb.finish()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def _write(self, state: TrainState, result: StepResult) -> None:
         now = time.monotonic()
@@ -136,6 +139,9 @@ class MetricsLogger:
             append_line(self.path, record | {"time": time.time()})
         if self.wandb is not None:
             self.wandb.log(record, step=record["iteration"])
+        if self.tensorboard is not None:
+            for name, value in record.items():
+                self.tensorboard.add_scalar(name, value, record["iteration"])
 
 
 def _both_kinds(record: dict, key: str, form: str) -> str:
@@ -166,6 +172,15 @@ def _start_wandb(config: RunConfig):
 
     folder = log.wandb_save_dir or log_folder(config) or "."
     return wandb.init(project=log.wandb_project, name=log.wandb_exp_name, dir=folder, mode=log.wandb_mode, config=asdict(config))
+
+
+def _start_tensorboard(config: RunConfig, state: TrainState):
+    """A writer whose steps take the place of those that a crashed start wrote after the checkpoint."""
+    if config.logging.tensorboard_dir is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(config.logging.tensorboard_dir, purge_step=state.iteration + 1)
 
 
 def _clock(seconds: float) -> str:

@@ -12,6 +12,8 @@ class TrainState:
     consumed_tokens: int = 0
     lost_updates: int = 0
     """steps whose update is not in the weights: skipped, or undone by a rollback"""
+    lost_samples: int = 0
+    """sequences of those steps"""
     skipped_in_a_row: int = 0
     """steps skipped since the last one that was not"""
     recent_losses: list[float] = field(default_factory=list)
@@ -25,6 +27,11 @@ class TrainState:
     def updates(self) -> int:
         """Optimizer updates that the weights are made of: what the learning rate and Adam count."""
         return self.iteration - self.lost_updates
+
+    @property
+    def update_samples(self) -> int:
+        """Sequences that the weights are made of: what the learning rate counts under --train-samples."""
+        return self.consumed_samples - self.lost_samples
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any]) -> "TrainState":

@@ -7,7 +7,7 @@ from megatron_llama3.config.schedules import phase_at
 from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.training.bad_steps import note_step, reason_to_skip
 from megatron_llama3.training.engine import Engine
-from megatron_llama3.training.learning_rate import learning_rate
+from megatron_llama3.training.learning_rate import next_learning_rate
 from megatron_llama3.training.state import TrainState
 
 
@@ -32,7 +32,7 @@ def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config
     batch = stream.next_batch(*wanted)
     stream.read_ahead(*wanted)  # the next step's, while this one computes
 
-    lr = learning_rate(config.optimizer, state.updates + 1, config.training.train_iters)
+    lr = next_learning_rate(config, state, global_batch_size)
     loss = engine.forward_backward(batch)
     norm = engine.clip_gradients(config.optimizer.clip_grad)
     # A bad step changes no weight, no moment and no schedule; the data moves on.
@@ -45,4 +45,5 @@ def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config
     note_step(state, loss, skipped is not None, config.training)
     state.consumed_samples += global_batch_size
     state.consumed_tokens += global_batch_size * seq_length
+    state.lost_samples += global_batch_size * (skipped is not None)
     return StepResult(loss, norm, lr, global_batch_size, seq_length, skipped)

@@ -1,5 +1,6 @@
 """Flags, YAML and presets make one RunConfig; what is misspelt, unknown or contradictory is one clear line."""
 
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from megatron_llama3.config.command_line import build_parser, load_run_config, parse_run_config, resolved_yaml
 from megatron_llama3.config.errors import UserError, exit_on_user_error
 from megatron_llama3.config.fields import field_specs
-from megatron_llama3.config.megatron_flags import explain, fixed_flags, megatron_flags
+from megatron_llama3.config.megatron_flags import explain, fixed_flags, flags_without_effect, megatron_flags
 from megatron_llama3.config.presets import PRESETS, preset
 from megatron_llama3.config.run import RunConfig
 
@@ -139,6 +140,68 @@ def test_flags_that_llama_fixes():
         assert (kwargs.get("action") == "store_true") == (theirs["type"] == "switch"), flag
 
 
+def test_flags_without_effect_change_nothing_and_are_said_once():
+    config = parse("--use-distributed-optimizer --ckpt-format torch_dist --num-workers 8 --overlap-grad-reduce --sequence-parallel")
+    assert config == parse("")
+    first, second = config.notices
+    assert first.startswith("without effect here: --use-distributed-optimizer (")
+    for flag in ("--ckpt-format", "--num-workers", "--overlap-grad-reduce"):
+        assert first.count(flag) == 1
+    assert second == "without effect here: --sequence-parallel (--tensor-model-parallel-size is 1)"
+    assert "invalid choice" in refused("--ckpt-format", "papyrus")
+
+
+def test_flags_without_effect_are_megatrons_and_have_one_meaning():
+    assert flags_without_effect().keys() <= megatron_flags().keys()
+    assert not flags_without_effect().keys() & fixed_flags().keys()
+
+
+def test_all_unknown_flags_are_named_at_once():
+    with pytest.raises(UserError) as caught:
+        parse_run_config(["--dry-run", "--fp8-format", "hybrid", "--lr", "1", "--micro-batch-sise", "3", "--decoupled-lr", "5e-4"])
+    first, second, third = str(caught.value).splitlines()
+    assert "--fp8-format" in first
+    assert "--micro-batch-sise; did you mean --micro-batch-size?" in second
+    assert "--decoupled-lr" in third
+
+
+NVIDIA_8B = """
+    --use-mcore-models --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
+    --num-query-groups 8 --kv-channels 128 --seq-length 8192 --max-position-embeddings 8192 --position-embedding-type rope
+    --rotary-base 1000000 --rotary-percent 1.0 --attention-dropout 0.0 --hidden-dropout 0.0 --swiglu --init-method-std 0.0134
+    --attention-backend fused --apply-layernorm-1p --untie-embeddings-and-output-weights --disable-bias-linear --micro-batch-size 1
+    --global-batch-size 128 --train-samples 1953125000 --lr-decay-samples 1949218748 --lr-warmup-samples 3906252 --lr 0.00015
+    --min-lr 0.00001 --decoupled-lr 5.0e-4 --decoupled-min-lr 4.5e-5 --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.1
+    --adam-beta1 0.9 --adam-beta2 0.95 --bf16 --grad-reduce-in-bf16 --cross-entropy-loss-fusion --calculate-per-token-loss --manual-gc
+    --empty-unused-memory-level 1 --exit-duration-in-mins 235 --fp8-format hybrid --fp8-amax-history-len 1024
+    --fp8-amax-compute-algo max --fp8-param-gather --tensor-model-parallel-size 1 --context-parallel-size 1 --sequence-parallel
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --data-path corpus --tokenizer-type HuggingFaceTokenizer
+    --tokenizer-model tok --data-cache-path c --split 99,1,0 --no-create-attention-mask-in-dataloader --no-mmap-bin-files
+    --num-workers 1 --vocab-size 128256 --log-interval 1 --eval-iters 32 --eval-interval 100 --save-interval 1000 --log-throughput
+    --profile --profile-step-start 4 --profile-step-end 6 --ckpt-format torch_dist --distributed-timeout-minutes 60 --save ck --load ck
+    --tensorboard-dir tb
+"""
+CHANGES_NUMBERS = """
+    apply-layernorm-1p decoupled-lr decoupled-min-lr grad-reduce-in-bf16 fp8-format fp8-amax-history-len fp8-amax-compute-algo
+    fp8-param-gather
+"""
+
+
+def test_nvidias_example_runs_after_eight_edits_that_the_first_message_names():
+    """Its arguments for Llama 3 8B; what would change the model or its numbers is left out."""
+    with pytest.raises(UserError) as caught:
+        parse(NVIDIA_8B)
+    lines, edits = str(caught.value).splitlines(), [f"--{name}" for name in CHANGES_NUMBERS.split()]
+    assert len(lines) == len(edits) == 8
+    for edit in edits:
+        (line,) = [line for line in lines if edit in re.findall(r"--[a-z0-9-]+", line)[:1]]
+        assert "leave it out" in line
+    kept = [words for words in NVIDIA_8B.replace(" --", "\n--").splitlines() if words.split(" ")[0].strip() not in edits]
+    config = parse(" ".join(kept))
+    assert config.training.train_iters == 1953125000 // 128
+    assert len(config.notices) == 2
+
+
 def test_unknown_flag_names_the_nearest():
     assert refused("--micro-batch-sise", "3") == "unknown flag --micro-batch-sise; did you mean --micro-batch-size?"
     assert "--seq-length" in refused("--seq-lenght=3")
@@ -149,7 +212,7 @@ def test_no_abbreviations():
     assert "unknown flag --micro-batch" in refused("--micro-batch", "3")
 
 
-@pytest.mark.parametrize("flag", ["--train-samples", "--num-experts", "--fp8-format", "--use-distributed-optimizer", "--mock-data"])
+@pytest.mark.parametrize("flag", ["--rampup-batch-size", "--num-experts", "--fp8-format", "--decoupled-lr", "--mock-data"])
 def test_megatron_flags_without_counterpart_have_their_own_message(flag):
     message = refused(flag, "3")
     assert "Megatron-LM" in message

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
-from megatron_llama3.config.schedules import Phase, parse_schedule, parse_token_count, phase_at, phases, tokens_after
+from megatron_llama3.config.schedules import Phase, iterations_of, parse_schedule, parse_token_count, phase_at, phases, tokens_after
 
 M, T = 10**6, 10**12
 
@@ -33,6 +33,17 @@ def test_tokens_after_equals_a_walk_over_every_step(paper):
         assert tokens_after(paper, iteration) == consumed
         batch, length = phase_at(paper, consumed)
         consumed += batch * length
+
+
+def test_iterations_of_samples_equal_a_walk_over_every_step(paper):
+    paper.training.step_batch_size_schedule = "0:8 10K:16 50K:24 51K:32"
+    paper.data.seq_length_schedule = "0:100 9999:200 60K:400"
+    samples, consumed = 0, 0
+    for iteration in range(1, 100):
+        batch, length = phase_at(paper, consumed)
+        samples, consumed = samples + batch, consumed + batch * length
+        assert iterations_of(paper, samples) == iteration
+        assert iterations_of(paper, samples - 1) == iteration - 1
 
 
 def test_paper_totals(paper):

@@ -1,5 +1,6 @@
 """The pretraining recipe end to end on forked ranks, and once through torchrun with bad input."""
 
+import gzip
 import json
 import os
 import signal
@@ -221,3 +222,26 @@ def test_damaged_data_is_one_line_under_torchrun(tmp_path, damage):
     (error,) = [line for line in lines if line.startswith("error: ")]
     assert "damaged" in error
     assert not [line for line in lines if "Traceback" in line]
+
+
+def test_a_run_told_in_samples_is_the_run_told_in_steps(data, tmp_path):
+    steps, samples = tmp_path / "steps", tmp_path / "samples"
+    run(f"{MODEL} --data-path {data} --train-iters 8 --lr-warmup-iters 2 --eval-iters 0 --save {steps}")
+    by_samples = MODEL.replace("--lr-decay-iters 8", "--lr-decay-samples 32 --lr-warmup-samples 8")
+    run(f"{by_samples} --data-path {data} --train-samples 35 --eval-iters 0 --save {samples}")
+    assert latest(samples) == "8"
+    assert metrics(samples, "lr") == pytest.approx(metrics(steps, "lr"), rel=1e-12)
+    assert metrics(samples) == metrics(steps)
+
+
+def test_traces_tensorboard_and_garbage(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = f"{MODEL} --data-path {data} --train-iters 4 --eval-iters 0 --log-dir {tmp_path} --tensorboard-dir {tmp_path}/tb --manual-gc"
+    run(f"{flags} --tensor-model-parallel-size 2 --profile --profile-step-start 1 --profile-step-end 3 --profile-ranks 1", 2)
+    (trace,) = (tmp_path / "profile").iterdir()
+    assert trace.name == "rank1_steps2-3.json.gz"
+    names = [event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert names.count("Optimizer.step#AdamW.step") == 2
+    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert {event.step: event.value for event in board.Scalars("loss")} == pytest.approx(metrics(tmp_path), rel=1e-6)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_llama3.config.run import OptimizerConfig
-from megatron_llama3.training.learning_rate import learning_rate
+from megatron_llama3.config.run import OptimizerConfig, RunConfig
+from megatron_llama3.training.learning_rate import learning_rate, next_learning_rate
+from megatron_llama3.training.state import TrainState
 
 TRAIN_ITERS = 110
 
@@ -38,3 +39,14 @@ def test_decay_ends_where_lr_decay_iters_says():
 
 def test_without_warm_up_the_first_step_is_a_step_of_the_decay():
     assert rate(1, lr_warmup_iters=0, lr_decay_style="linear", lr_decay_iters=100) == pytest.approx(8 - 6 / 100)
+
+
+def test_by_samples_the_rate_goes_by_sequences_that_the_weights_are_made_of():
+    config = RunConfig()
+    config.training.train_samples = 110
+    config.optimizer = OptimizerConfig(lr=8.0, min_lr=2.0, lr_warmup_samples=10)
+    # The update reaches sequence 60, half of the way from 10 to 110; 8 more were read by a step that was skipped.
+    assert next_learning_rate(config, TrainState(consumed_samples=64, lost_samples=8), 4) == pytest.approx(5.0)
+    assert next_learning_rate(config, TrainState(), 5) == pytest.approx(4.0)
+    config.optimizer.lr_decay_samples = 60
+    assert next_learning_rate(config, TrainState(consumed_samples=56), 4) == pytest.approx(2.0)
