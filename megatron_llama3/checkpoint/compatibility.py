@@ -9,7 +9,10 @@ from dataclasses import fields
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 
-SCHEDULE_FIELDS = ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_samples")
+SCHEDULE_FIELDS = (
+    *("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_samples"),
+    *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+)
 DATA_FIELDS = ("data_path", "train_data_path", "valid_data_path", "split", "seq_length", "seq_length_schedule")
 SEMANTIC_DATA_FIELDS = ("reset_position_ids", "document_mask", "loss_across_documents")
 BATCH_FIELDS = ("global_batch_size", "step_batch_size_schedule")

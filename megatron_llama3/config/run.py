@@ -26,7 +26,14 @@ class DataConfig:
 class OptimizerConfig:
     lr: float = option(3e-4, "Peak learning rate.")
     min_lr: float = option(0.0, "Floor of the learning rate.", zero_ok=True)
-    lr_decay_style: str = option("cosine", "Shape of the decay after warm-up.", choices=("cosine", "linear", "constant"))
+    lr_decay_style: str = option("cosine", "Shape of the decay after warm-up.", choices=("cosine", "linear", "constant", "WSD"))
+    lr_wsd_decay_style: str = option(
+        "exponential",
+        "With --lr-decay-style WSD: shape of the decay at the end.",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    lr_wsd_decay_iters: int | None = option(None, "With --lr-decay-style WSD: optimizer steps of the decay at the end.")
+    lr_wsd_decay_samples: int | None = option(None, "The same in sequences, with --train-samples.")
     lr_decay_iters: int | None = option(None, "Optimizer steps at which the floor is reached; default --train-iters.")
     lr_decay_samples: int | None = option(None, "With --train-samples: sequences at which the floor is reached; default --train-samples.")
     lr_warmup_iters: int = option(0, "Optimizer steps of linear warm-up.", zero_ok=True)

@@ -291,6 +291,7 @@ def _optimizer(config: "RunConfig") -> Iterator[str]:
     if optimizer.min_lr > optimizer.lr:
         yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}"
     yield from _samples(config)
+    yield from _stable_and_decay(config)
     decay = optimizer.lr_decay_iters or config.training.train_iters
     if decay and optimizer.lr_decay_style != "constant" and optimizer.lr_warmup_iters >= decay:
         yield f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of --lr-decay-iters {decay}"
@@ -300,11 +301,11 @@ def _samples(config: "RunConfig") -> Iterator[str]:
     """A run is told in steps or in sequences, its learning rate in the same."""
     training, optimizer = config.training, config.optimizer
     if training.train_samples is None:
-        for name in ("lr_decay_samples", "lr_warmup_samples"):
+        for name in ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"):
             if getattr(optimizer, name):
                 yield f"{flag(name)} {getattr(optimizer, name)} needs --train-samples: give {flag(name).replace('samples', 'iters')}"
         return
-    for name in ("lr_decay_iters", "lr_warmup_iters"):
+    for name in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"):
         if getattr(optimizer, name):
             yield f"{flag(name)} {getattr(optimizer, name)} with --train-samples: give {flag(name).replace('iters', 'samples')}"
     try:
@@ -316,6 +317,23 @@ def _samples(config: "RunConfig") -> Iterator[str]:
     decay = optimizer.lr_decay_samples or training.train_samples
     if optimizer.lr_decay_style != "constant" and optimizer.lr_warmup_samples >= decay:
         yield f"--lr-warmup-samples {optimizer.lr_warmup_samples} leaves nothing of --lr-decay-samples {decay}"
+
+
+def _stable_and_decay(config: "RunConfig") -> Iterator[str]:
+    o, by_steps = config.optimizer, config.training.train_samples is None
+    decay = o.lr_wsd_decay_iters or o.lr_wsd_decay_samples
+    name = "--lr-wsd-decay-iters" if by_steps else "--lr-wsd-decay-samples"
+    if o.lr_decay_style != "WSD":
+        if decay is not None or o.lr_wsd_decay_style != "exponential":
+            yield f"{name} {decay} and --lr-wsd-decay-style {o.lr_wsd_decay_style} need --lr-decay-style WSD, which is {o.lr_decay_style}"
+        return
+    if decay is None:
+        yield f"--lr-decay-style WSD needs {name}: over how many of the last the rate falls"
+        return
+    warmup = o.lr_warmup_iters if by_steps else o.lr_warmup_samples
+    end = o.lr_decay_iters or config.training.train_iters if by_steps else o.lr_decay_samples or config.training.train_samples
+    if end and warmup + decay > end:
+        yield f"{name} {decay} and the warm-up of {warmup} are more than the {end} of the whole schedule"
 
 
 def _logging(config: "RunConfig") -> Iterator[str]:

@@ -50,3 +50,11 @@ def test_by_samples_the_rate_goes_by_sequences_that_the_weights_are_made_of():
     assert next_learning_rate(config, TrainState(), 5) == pytest.approx(4.0)
     config.optimizer.lr_decay_samples = 60
     assert next_learning_rate(config, TrainState(consumed_samples=56), 4) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("style", "half_way"), [("linear", 5.0), ("cosine", 5.0), ("exponential", 2 + 6 * 0.41421356), ("minus_sqrt", 2 + 6 * 0.29289322)]
+)
+def test_wsd_is_stable_and_falls_over_the_last_steps(style, half_way):
+    rates = [rate(step, lr_decay_style="WSD", lr_wsd_decay_style=style, lr_wsd_decay_iters=20) for step in (5, 10, 90, 100, 110, 200)]
+    assert rates == pytest.approx([4.0, 8.0, 8.0, half_way, 2.0, 2.0])
