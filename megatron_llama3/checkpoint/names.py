@@ -12,6 +12,7 @@ import torch
 from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, reorder_rows
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
+from megatron_llama3.model.sharding import layer_weights
 
 _OUTER_TO_HF = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
 _LAYER_TO_HF = {
@@ -62,13 +63,13 @@ def rope_rows_to_pairs(heads: int, head_dim: int) -> torch.Tensor:
 
 
 def to_halves(name: str, tensor: LazyTensor, model: ModelConfig) -> LazyTensor:
-    """Our wq or wk in Hugging Face's row order; any other weight as it is."""
+    """One of our weights in Hugging Face's row order, which is another for those that RoPE turns (wq, wk)."""
     heads = _rotated_heads(name, model)
     return tensor if heads is None else reorder_rows(tensor, rope_rows_to_halves(heads, model.head_dim))
 
 
 def to_pairs(name: str, tensor: LazyTensor, model: ModelConfig) -> LazyTensor:
-    """Hugging Face's wq or wk in our row order; any other weight as it is."""
+    """One of Hugging Face's weights in our row order, which is another for those that RoPE turns (wq, wk)."""
     heads = _rotated_heads(name, model)
     return tensor if heads is None else reorder_rows(tensor, rope_rows_to_pairs(heads, model.head_dim))
 
@@ -94,5 +95,7 @@ def _layer_part(name: str) -> tuple[str | None, str]:
 
 
 def _rotated_heads(name: str, model: ModelConfig) -> int | None:
-    part = _layer_part(name)[1]
-    return {"attention.wq": model.num_attention_heads, "attention.wk": model.num_query_groups}.get(part)
+    """How many heads the rows of a weight that RoPE turns make up; None for any other weight."""
+    layer, part = _layer_part(name)
+    spec = None if layer is None else layer_weights(model).get(f"{part}.weight")
+    return spec.shape[0] // model.head_dim if spec and spec.is_rotated else None

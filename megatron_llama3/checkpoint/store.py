@@ -147,9 +147,8 @@ class CheckpointWriter:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = self.engine.state_tensors()
-        if self.engine.holds_second_tied_copy:
-            tensors = {key: t for key, t in tensors.items() if not key.endswith(".tok_embeddings.weight")}
-        return tensors
+        copies = tuple(f".{name}" for name, _ in self.engine.named_weights() if self.engine.is_second_copy(name))
+        return {key: t for key, t in tensors.items() if not key.endswith(copies)}
 
 
 def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: TrainingStream) -> TrainState:

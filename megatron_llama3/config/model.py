@@ -1,4 +1,4 @@
-"""What a Llama 3 model is: sizes, RoPE scaling, and the counts that follow by formula (paper, section 3.2). presets.py has named sizes."""
+"""What a Llama 3 model is: sizes and RoPE scaling (paper, section 3.2). presets.py has named sizes, model/sharding.py the weights."""
 
 from dataclasses import dataclass
 
@@ -30,28 +30,3 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-
-def layer_parameter_count(model: ModelConfig) -> int:
-    """Parameters of one block: wq, wk, wv, wo, w1, w2, w3 and its two norms."""
-    width, heads_width = model.hidden_size, model.num_attention_heads * model.head_dim
-    kv_width = model.num_query_groups * model.head_dim
-    return 2 * width * heads_width + 2 * width * kv_width + 3 * width * model.ffn_hidden_size + 2 * width
-
-
-def parameter_count(model: ModelConfig) -> int:
-    """Every parameter, a tied embedding counted once. Exact: 8,030,261,248 for 8B."""
-    embeddings = model.vocab_size * model.hidden_size * (1 + model.untie_embeddings_and_output_weights)
-    return model.num_layers * layer_parameter_count(model) + embeddings + model.hidden_size
-
-
-def flops_per_token(model: ModelConfig, seq_length: int, causal: bool) -> float:
-    """Floating-point operations to train on one token, forward and backward, recomputation not counted.
-
-    Six for each weight of a matrix product (the output layer's included; norms and the embedding lookup are none), and twelve for each
-    channel of Q, each layer and each key: QK^T and the product with V. Full attention has `seq_length` keys a query; causal attention
-    (seq_length + 1) / 2 in the mean. A document mask leaves fewer still.
-    """
-    matrices = model.num_layers * (layer_parameter_count(model) - 2 * model.hidden_size) + model.vocab_size * model.hidden_size
-    keys = (seq_length + 1) / 2 if causal else seq_length
-    return 6 * matrices + 12 * model.num_layers * model.num_attention_heads * model.head_dim * keys

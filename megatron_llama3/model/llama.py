@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.attention import KERNELS, Attention, AttentionMask, choose_kernel
+from megatron_llama3.model.initial_weights import initial_weight
 from megatron_llama3.model.loss import token_log_probs
 from megatron_llama3.model.rope import rotary_frequencies, rotary_table
-from megatron_llama3.model.sharding import initial_weight, weight_table
+from megatron_llama3.model.sharding import weight_table
 from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel, VocabParallelEmbedding, local_part
 
 

@@ -1,33 +1,50 @@
-"""One table of every weight: its name, shape, split dimension and initializer. Layers, engines, checkpoint and planner read it.
+"""One table that says everything of a weight: shape, what TP cuts, initial fill, decay, over what its gradient is partial. Layers,
+engines, checkpoint, conversion and planner read it. Imports no torch.
 
 Weight names are Meta's, with global layer numbers, so that a name means the same tensor under every layout.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from enum import Enum
+from typing import Literal
 
 from megatron_llama3.config.model import ModelConfig
 
 
+class PartialOver(Enum):
+    """Where every TP rank holds a weight whole: over what each rank's gradient is only a part of the sum."""
+
+    SEQUENCE = "tokens of the residual stream, which sequence parallelism cuts"
+    HEADS = "attention heads, of which each TP rank has its own"
+    NOTHING = "every TP rank has the same, whole gradient"
+
+
 @dataclass(frozen=True)
 class WeightSpec:
-    """A weight as a whole.
+    """A weight as a whole, of any number of dimensions.
 
-    `unit` is the number of rows or columns along `split_dim` that stay together (a head). `init_std` 0 means ones (norm weights).
+    `unit` is the number of rows or columns along `split_dim` that stay together (a head). Raises ValueError where a weight that TP ranks
+    may hold whole does not say over what its gradient is partial.
     """
 
     shape: tuple[int, ...]
     split_dim: int | None = None
+    """the dimension that TP cuts"""
     unit: int = 1
-    init_std: float = 0.0
+    initial: float | Literal["ones", "zeros"] = 0.02
+    """standard deviation of a normal distribution around 0, or the constant"""
+    decays: bool = True
+    """whether AdamW's weight decay applies"""
+    partial_over: PartialOver | None = None
+    is_rotated: bool = False
+    """whether RoPE turns the channels that its rows stand for: Meta and Hugging Face store these in another order"""
+    is_tied: bool = False
+    """whether it is the embedding and the output layer at once: where both ends of a pipeline hold it, its gradient is partial over them"""
 
-    @property
-    def is_norm(self) -> bool:
-        return len(self.shape) == 1
+    def __post_init__(self):
+        if self.partial_over is None and (self.split_dim is None or self.unit > 1):
+            raise ValueError(f"a weight {self.shape} that TP ranks may hold whole must say over what its gradient is partial")
 
     def split_dim_at(self, tp_size: int) -> int | None:
         """The dimension that TP cuts, or None where every rank holds the whole weight (norms; KV heads fewer than TP)."""
@@ -50,68 +67,43 @@ class WeightSpec:
         return (*self.shape[:dim], end - start, *self.shape[dim + 1 :])
 
     def gradient_is_partial(self, tp_size: int, sequence_parallel: bool) -> bool:
-        """Whether each TP rank's gradient of this replicated weight is a part of the sum: norms see a piece of the sequence under
-        sequence parallelism, a replicated KV weight only the heads that its rank uses."""
+        """Whether each TP rank's gradient of this weight, whole on every rank, is a part of the sum."""
         if tp_size == 1 or self.split_dim_at(tp_size) is not None:
             return False
-        return sequence_parallel if self.is_norm else True
+        return sequence_parallel if self.partial_over is PartialOver.SEQUENCE else self.partial_over is PartialOver.HEADS
 
 
 def weight_table(config: ModelConfig) -> dict[str, WeightSpec]:
     """Every weight of the whole model, in order."""
-    hidden, vocabulary, std = config.hidden_size, config.vocab_size, config.init_method_std
-    table = {"tok_embeddings.weight": WeightSpec((vocabulary, hidden), 0, init_std=std)}
+    shape, std, tied = (config.vocab_size, config.hidden_size), config.init_method_std, not config.untie_embeddings_and_output_weights
+    table = {"tok_embeddings.weight": WeightSpec(shape, 0, initial=std, is_tied=tied)}
     for layer in range(config.num_layers):
         table |= {f"layers.{layer}.{name}": spec for name, spec in layer_weights(config).items()}
-    table["norm.weight"] = WeightSpec((hidden,))
-    if config.untie_embeddings_and_output_weights:
-        table["output.weight"] = WeightSpec((vocabulary, hidden), 0, init_std=std)
+    table["norm.weight"] = _residual_norm(config)
+    if not tied:
+        table["output.weight"] = WeightSpec(shape, 0, initial=std)
     return table
 
 
 def layer_weights(config: ModelConfig) -> dict[str, WeightSpec]:
     """The weights of one transformer block. Those that end a residual branch start smaller by sqrt(2 * layers), as in Megatron-LM."""
     hidden, ffn, head = config.hidden_size, config.ffn_hidden_size, config.head_dim
-    queries, keys = config.num_attention_heads * head, config.num_query_groups * head
+    queries, keys = (config.num_attention_heads * head, hidden), (config.num_query_groups * head, hidden)
     std = config.init_method_std
     out_std = std / math.sqrt(2 * config.num_layers)
+    heads = PartialOver.HEADS
     return {
-        "attention_norm.weight": WeightSpec((hidden,)),
-        "attention.wq.weight": WeightSpec((queries, hidden), 0, head, std),
-        "attention.wk.weight": WeightSpec((keys, hidden), 0, head, std),
-        "attention.wv.weight": WeightSpec((keys, hidden), 0, head, std),
-        "attention.wo.weight": WeightSpec((hidden, queries), 1, head, out_std),
-        "ffn_norm.weight": WeightSpec((hidden,)),
-        "feed_forward.w1.weight": WeightSpec((ffn, hidden), 0, init_std=std),
-        "feed_forward.w2.weight": WeightSpec((hidden, ffn), 1, init_std=out_std),
-        "feed_forward.w3.weight": WeightSpec((ffn, hidden), 0, init_std=std),
+        "attention_norm.weight": _residual_norm(config),
+        "attention.wq.weight": WeightSpec(queries, 0, head, std, partial_over=heads, is_rotated=True),
+        "attention.wk.weight": WeightSpec(keys, 0, head, std, partial_over=heads, is_rotated=True),
+        "attention.wv.weight": WeightSpec(keys, 0, head, std, partial_over=heads),
+        "attention.wo.weight": WeightSpec(queries[::-1], 1, head, out_std, partial_over=heads),
+        "ffn_norm.weight": _residual_norm(config),
+        "feed_forward.w1.weight": WeightSpec((ffn, hidden), 0, initial=std),
+        "feed_forward.w2.weight": WeightSpec((hidden, ffn), 1, initial=out_std),
+        "feed_forward.w3.weight": WeightSpec((ffn, hidden), 0, initial=std),
     }
 
 
-ROWS_BLOCK_ELEMENTS = 1 << 20
-
-
-def initial_weight(name: str, spec: WeightSpec, seed: int, tp_size: int = 1, tp_rank: int = 0) -> Tensor:
-    """This rank's part of a weight, float32 on the CPU, a function of (name, shape, seed) alone and so the same under every layout.
-
-    Rows come in blocks with a generator each: a rank draws only the blocks that its rows lie in, and memory stays bounded.
-    """
-    if spec.init_std == 0:
-        return torch.ones(spec.local_shape(tp_size, tp_rank))
-    dim = spec.split_dim_at(tp_size)
-    start, end = spec.local_range(tp_size, tp_rank) if dim is not None else (0, spec.shape[0])
-    first_row, last_row = (start, end) if dim != 1 else (0, spec.shape[0])
-    weight = torch.empty(spec.local_shape(tp_size, tp_rank))
-    block = max(1, ROWS_BLOCK_ELEMENTS // spec.shape[1])
-    for top in range(first_row - first_row % block, last_row, block):
-        rows = min(block, spec.shape[0] - top)
-        drawn = torch.randn(rows, spec.shape[1], generator=_generator(name, seed, top)) * spec.init_std
-        a, b = max(top, first_row), min(top + rows, last_row)
-        piece = drawn[a - top : b - top]
-        weight[a - first_row : b - first_row] = piece if dim != 1 else piece[:, start:end]
-    return weight
-
-
-def _generator(name: str, seed: int, block: int) -> torch.Generator:
-    digest = hashlib.blake2b(f"{name}/{seed}/{block}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+def _residual_norm(config: ModelConfig) -> WeightSpec:
+    return WeightSpec((config.hidden_size,), initial="ones", decays=False, partial_over=PartialOver.SEQUENCE)

@@ -5,11 +5,11 @@
 Pure arithmetic: imports no torch, makes no process group.
 """
 
-from megatron_llama3.config.model import flops_per_token, parameter_count
 from megatron_llama3.config.parallel import layers_of_chunks
 from megatron_llama3.config.presets import preset_name
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.schedules import Phase, phases, tokens_after
+from megatron_llama3.model.counts import flops_per_token, parameter_count
 from megatron_llama3.parallel.schedule import bubble_ratio
 from megatron_llama3.planning.memory import RankMemory, microbatches_of, peak_memory, timeline_of
 

@@ -6,10 +6,10 @@ What each layer keeps for its backward pass is read off model/llama.py, for an a
 
 from dataclasses import astuple, dataclass
 
-from megatron_llama3.config.model import ModelConfig
-from megatron_llama3.config.parallel import ChunkLayers, ParallelConfig, layers_of_chunks
+from megatron_llama3.config.parallel import ChunkLayers, layers_of_chunks
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.schedules import Phase
+from megatron_llama3.model.counts import layer_parameter_count
 from megatron_llama3.parallel.schedule import Timed, make_timeline
 
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -64,14 +64,6 @@ def rank_memory(config: RunConfig, phase: Phase, pipeline_rank: int, timeline: l
     return RankMemory(weights, gradients, optimizer, _peak_in_flight(timeline, kept), _temporary(config, phase, own))
 
 
-def local_layer_parameters(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Parameters of one block on one TP rank; wk and wv are whole where TP exceeds the KV heads."""
-    tp, width = parallel.tensor_model_parallel_size, model.hidden_size
-    queries = model.num_attention_heads * model.head_dim // tp
-    kv_heads = model.num_query_groups // tp if model.num_query_groups >= tp else model.num_query_groups
-    return 2 * width * queries + 2 * width * kv_heads * model.head_dim + 3 * width * model.ffn_hidden_size // tp + 2 * width
-
-
 def _vocabulary_rows(config: RunConfig) -> int:
     return -(-config.model.vocab_size // config.parallel.tensor_model_parallel_size)
 
@@ -79,7 +71,7 @@ def _vocabulary_rows(config: RunConfig) -> int:
 def _parameters(config: RunConfig, chunk: ChunkLayers) -> int:
     matrix = _vocabulary_rows(config) * config.model.hidden_size
     ends = chunk.has_embedding * matrix + chunk.has_output * (matrix + config.model.hidden_size)
-    return len(chunk.layers) * local_layer_parameters(config.model, config.parallel) + ends
+    return len(chunk.layers) * layer_parameter_count(config.model, config.parallel.tensor_model_parallel_size) + ends
 
 
 def _parameters_of_tied_whole(config: RunConfig, chunk: ChunkLayers) -> int:

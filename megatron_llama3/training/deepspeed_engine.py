@@ -74,15 +74,13 @@ class DeepSpeedEngine(Engine):
                 torch.autograd.backward(self.ballast, torch.zeros_like(self.ballast))
             self.deepspeed.allreduce_gradients()
         elif self.stage == 3:  # which knows only the mean over data-parallel ranks
-            for _, gradient in self._owned_gradients().values():
+            for gradient in self.owned_gradients().values():
                 gradient.mul_(self.groups.dp_cp.size())
         # Summed after the reduction, on whole weights: parts differ from rank to rank, and the order of a sum shows in its last bits.
         for name in self.replicated:
-            is_partial = self.weight(name).gradient_is_partial(self.tp.size, self.tp.sequence_parallel)
-            self._sum_gradient(name, self.tp.group, is_partial or self.tp.rank == 0)
-        tied = not self.config.model.untie_embeddings_and_output_weights
-        if tied and self.groups.embedding is not None and self.groups.topology.pp > 1 and "tok_embeddings.weight" in self.trained:
-            self._sum_gradient("tok_embeddings.weight", self.groups.embedding)
+            self._sum_gradient(name, self.tp.group, self.is_partial_over_tp(name) or self.tp.rank == 0)
+        for name in filter(self.is_partial_over_ends, self.trained):
+            self._sum_gradient(name, self.groups.embedding)
 
     def _sum_gradient(self, name: str, group: dist.ProcessGroup, adds: bool = True) -> None:
         """The sum over the ranks of `group` that add to it, on each of them."""
@@ -91,23 +89,13 @@ class DeepSpeedEngine(Engine):
         dist.all_reduce(flat if adds else flat.zero_(), group=group)
         part.copy_(flat[start : start + part.numel()])
 
+    def owned_gradients(self) -> dict[str, Tensor]:
+        return {name: self.parts.part(p, "gradient")[1] for name, p in self.trained.items()}
+
     def release_gathered_weights(self) -> None:
         self.parts.release_weights()
 
     # --- the verbs after it ---
-
-    @torch.no_grad()
-    def clip_gradients(self, max_norm: float) -> float:
-        gradients = {name: part for name, (_, part) in self._owned_gradients().items() if part.numel()}
-        square = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        counted = [g for name, g in gradients.items() if self.counts_in_norm(name)]
-        if counted:
-            square += torch.stack(torch._foreach_norm(counted)).double().square().sum().to(square.device)
-        dist.all_reduce(square)
-        norm = square.sqrt().item()
-        if 0 < max_norm < norm:
-            torch._foreach_mul_(list(gradients.values()), max_norm / norm)
-        return norm
 
     def optimizer_step(self, lr: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:
@@ -184,9 +172,6 @@ class DeepSpeedEngine(Engine):
     def _owned(self, name: str, kind: str) -> tuple[int, Tensor]:
         return self.parts.part(self.trained[name], kind) if name in self.trained else self.parts.frozen_part(self.weights[name])
 
-    def _owned_gradients(self) -> dict[str, tuple[int, Tensor]]:
-        return {name: self.parts.part(p, "gradient") for name, p in self.trained.items()}
-
     # --- construction ---
 
     def _initialize(self) -> deepspeed.DeepSpeedEngine:
@@ -211,10 +196,7 @@ class DeepSpeedEngine(Engine):
 
     def _make_adam(self) -> torch.optim.Optimizer:
         o = self.config.optimizer
-        decayed = [p for name, p in self.trained.items() if not self.weight(name).is_norm]
-        others = [p for name, p in self.trained.items() if self.weight(name).is_norm]
-        others += [] if self.ballast is None else [self.ballast]
-        groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((decayed, o.weight_decay), (others, 0.0)) if ps]
+        groups = self._decay_groups(self.trained) if self.ballast is None else [{"params": [self.ballast], "weight_decay": 0.0}]
         betas = (o.adam_beta1, o.adam_beta2)
         if self.config.parallel.optimizer_cpu_offload:
             return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=o.lr, betas=betas, eps=o.adam_eps)

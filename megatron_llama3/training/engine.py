@@ -72,9 +72,19 @@ class Engine(ABC):
         self.release_gathered_weights()
         return self._sum_over_last_stage(total).item(), self._global_token_count(batch)
 
-    @abstractmethod
+    @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> float:
         """Scales gradients so that their global norm is at most `max_norm` (0: leaves them). Returns the norm before."""
+        gradients = self.owned_gradients()
+        square = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        counted = [g for name, g in gradients.items() if g.numel() and self.counts_in_norm(name)]
+        if counted:
+            square += torch.stack(torch._foreach_norm(counted)).double().square().sum().to(square.device)
+        dist.all_reduce(square)
+        norm = square.sqrt().item()
+        if gradients and 0 < max_norm < norm:
+            torch._foreach_mul_(list(gradients.values()), max_norm / norm)
+        return norm
 
     @abstractmethod
     def optimizer_step(self, lr: float) -> None:
@@ -105,6 +115,10 @@ class Engine(ABC):
     def finish_gradients(self) -> None:
         """After the last backward: reduces what is not reduced yet, and sums what ranks of TP and the embedding group hold parts of."""
 
+    @abstractmethod
+    def owned_gradients(self) -> dict[str, Tensor]:
+        """After `finish_gradients`: this rank's share of each gradient, as tensors of any shape that can be scaled in place."""
+
     def release_gathered_weights(self) -> None:  # noqa: B027 (most engines have nothing to free)
         """After an evaluation: weights that were gathered for it are freed."""
 
@@ -121,17 +135,29 @@ class Engine(ABC):
     def weight(self, name: str) -> WeightSpec:
         return self.specs[name]
 
-    @property
-    def holds_second_tied_copy(self) -> bool:
-        """Whether this rank's embedding weight is the last stage's copy of the first stage's."""
-        tied = not self.config.model.untie_embeddings_and_output_weights
-        return tied and self.groups.topology.pp > 1 and self.groups.is_last_stage
+    def is_partial_over_tp(self, name: str) -> bool:
+        return self.weight(name).gradient_is_partial(self.tp.size, self.tp.sequence_parallel)
+
+    def is_partial_over_ends(self, name: str) -> bool:
+        """Whether this rank and the pipeline's other end each have a part of the gradient of their common weight."""
+        return self.weight(name).is_tied and self.groups.topology.pp > 1
+
+    def is_second_copy(self, name: str) -> bool:
+        """Whether this is the last stage's copy of a weight of the first stage."""
+        return self.is_partial_over_ends(name) and self.groups.is_last_stage
 
     def counts_in_norm(self, name: str) -> bool:
         """Whether this rank adds this weight's gradient to the global norm: replicas count once."""
-        if self.holds_second_tied_copy and name == "tok_embeddings.weight":
-            return False
-        return self.weight(name).split_dim_at(self.tp.size) is not None or self.tp.rank == 0
+        is_cut = self.weight(name).split_dim_at(self.tp.size) is not None
+        return not self.is_second_copy(name) and (is_cut or self.tp.rank == 0)
+
+    def _decay_groups(self, weights: dict[str, Tensor]) -> list[dict]:
+        """AdamW's parameter groups: weights that decay and weights that do not."""
+        groups = []
+        for decays, decay in ((True, self.config.optimizer.weight_decay), (False, 0.0)):
+            tensors = [tensor for name, tensor in weights.items() if self.weight(name).decays == decays]
+            groups += [{"params": tensors, "weight_decay": decay}] if tensors else []
+        return groups
 
     def _build_chunks(self, trainable: Trainable) -> dict[int, Llama]:
         c, p = self.config, self.config.parallel

@@ -56,13 +56,11 @@ class Fsdp2Engine(Engine):
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
-        partial = [
-            name for name in self.parameters if self.weight(name).gradient_is_partial(self.tp.size, self.tp.sequence_parallel)
-        ]
-        self._all_reduce_gradients(partial, self.tp.group)
-        tied = not self.config.model.untie_embeddings_and_output_weights
-        if tied and self.groups.embedding is not None and self.groups.topology.pp > 1:
-            self._all_reduce_gradients([n for n in self.parameters if n == "tok_embeddings.weight"], self.groups.embedding)
+        self._all_reduce_gradients(list(filter(self.is_partial_over_tp, self.parameters)), self.tp.group)
+        self._all_reduce_gradients(list(filter(self.is_partial_over_ends, self.parameters)), self.groups.embedding)
+
+    def owned_gradients(self) -> dict[str, Tensor]:
+        return {name: local_part(p.grad) for name, p in self.parameters.items() if p.grad is not None}
 
     def release_gathered_weights(self) -> None:
         for chunk in self.chunks.values():
@@ -73,23 +71,10 @@ class Fsdp2Engine(Engine):
     # --- the verbs after it ---
 
     @torch.no_grad()
-    def clip_gradients(self, max_norm: float) -> float:
-        gradients = self._gradients()
-        square = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        counted = [g for name, g in gradients.items() if g.numel() and self.counts_in_norm(name)]
-        if counted:
-            square += torch.stack(torch._foreach_norm(counted)).double().square().sum()
-        dist.all_reduce(square)
-        norm = square.sqrt().item()
-        if gradients and 0 < max_norm < norm:
-            torch._foreach_mul_(list(gradients.values()), max_norm / norm)
-        return norm
-
-    @torch.no_grad()
     def optimizer_step(self, lr: float) -> None:
         if self.optimizer is None:
             return
-        for name, gradient in self._gradients().items():
+        for name, gradient in self.owned_gradients().items():
             self.locals[name].grad = gradient
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -155,12 +140,8 @@ class Fsdp2Engine(Engine):
         if not self.locals:
             return None
         o = self.config.optimizer
-        decayed = [t for name, t in self.locals.items() if not self.weight(name).is_norm]
-        others = [t for name, t in self.locals.items() if self.weight(name).is_norm]
-        groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True
-        )
+        betas = (o.adam_beta1, o.adam_beta2)
+        optimizer = torch.optim.AdamW(self._decay_groups(self.locals), lr=o.lr, betas=betas, eps=o.adam_eps, fused=True)
         for tensor in self.locals.values():
             optimizer.state[tensor] = {
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
@@ -169,13 +150,10 @@ class Fsdp2Engine(Engine):
             }
         return optimizer
 
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: local_part(p.grad) for name, p in self.parameters.items() if p.grad is not None}
-
-    def _all_reduce_gradients(self, names: list[str], group: dist.ProcessGroup) -> None:
+    def _all_reduce_gradients(self, names: list[str], group: dist.ProcessGroup | None) -> None:
         gradients = [local_part(self.parameters[n].grad) for n in names if self.parameters[n].grad is not None]
         gradients = [g for g in gradients if g.numel()]
-        if group.size() == 1 or not gradients:
+        if not gradients or group.size() == 1:
             return
         flat = _flatten_dense_tensors(gradients)
         dist.all_reduce(flat, group=group)

@@ -9,8 +9,8 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-from megatron_llama3.config.model import flops_per_token
 from megatron_llama3.config.run import RunConfig
+from megatron_llama3.model.counts import flops_per_token
 from megatron_llama3.training.events import METRICS_FILE, append_line, log_folder
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult

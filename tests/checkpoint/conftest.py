@@ -9,7 +9,8 @@ from megatron_llama3.checkpoint.lazy_tensor import WeightSource, from_tensor
 from megatron_llama3.checkpoint.native.folder import LATEST_FILE
 from megatron_llama3.checkpoint.native.weights import write_native
 from megatron_llama3.config.model import ModelConfig
-from megatron_llama3.model.sharding import initial_weight, weight_table
+from megatron_llama3.model.initial_weights import initial_weight
+from megatron_llama3.model.sharding import weight_table
 
 LLAMA3_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 

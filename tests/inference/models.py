@@ -27,7 +27,7 @@ def random_source(seed: int = 0, **changes) -> WeightSource:
     weights = {}
     for name, spec in weight_table(config).items():
         drawn = torch.randn(spec.shape, dtype=torch.float64, generator=generator)
-        weights[name] = from_tensor(1 + 0.1 * drawn if spec.is_norm else drawn / spec.shape[-1] ** 0.5)
+        weights[name] = from_tensor(1 + 0.1 * drawn if spec.initial == "ones" else drawn / spec.shape[-1] ** 0.5)
     return WeightSource(config, weights)
 
 

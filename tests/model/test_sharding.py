@@ -5,12 +5,14 @@ import hashlib
 import pytest
 import torch
 
-from megatron_llama3.config.model import ModelConfig, parameter_count
+from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.config.parallel import ParallelConfig
 from megatron_llama3.config.presets import PRESETS, preset
-from megatron_llama3.model import sharding
+from megatron_llama3.model import initial_weights
+from megatron_llama3.model.counts import parameter_count
+from megatron_llama3.model.initial_weights import initial_weight
 from megatron_llama3.model.llama import BuildOptions, Llama
-from megatron_llama3.model.sharding import initial_weight, weight_table
+from megatron_llama3.model.sharding import PartialOver, WeightSpec, weight_table
 from megatron_llama3.parallel.groups import initialize_groups
 from megatron_llama3.parallel.tensor_parallel import TensorParallel
 from megatron_llama3.planning.equivalence import Trace, one_process, train_under
@@ -23,6 +25,12 @@ PUBLISHED = {
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "llama3-405b": 405_853_388_800,
+}
+# As images and sound want them: a bias that starts at random, a convolution cut along its output channels, one cut along its input.
+OTHER_RANKS = {
+    "1-d": WeightSpec((240,), 0),
+    "4-d": WeightSpec((24, 3, 2, 5), 0),
+    "4-d cut along its input": WeightSpec((7, 24, 2, 5), 1),
 }
 SMALL = ModelConfig(num_layers=2, hidden_size=48, ffn_hidden_size=72, num_attention_heads=12, num_query_groups=2, vocab_size=103)
 
@@ -47,8 +55,8 @@ def test_parameter_counts_by_formula_by_table_as_built_and_as_published():
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 12])
 def test_parts_of_an_initial_weight_make_up_the_whole(tp, monkeypatch):
-    monkeypatch.setattr(sharding, "ROWS_BLOCK_ELEMENTS", 48 * 5)  # blocks that end within a rank's rows
-    for name, spec in weight_table(SMALL).items():
+    monkeypatch.setattr(initial_weights, "ROWS_BLOCK_ELEMENTS", 48 * 5)  # blocks that end within a rank's rows
+    for name, spec in (weight_table(SMALL) | OTHER_RANKS).items():
         whole = initial_weight(name, spec, seed=5)
         parts = [initial_weight(name, spec, 5, tp, rank) for rank in range(tp)]
         assert [tuple(p.shape) for p in parts] == [spec.local_shape(tp, rank) for rank in range(tp)]
@@ -57,6 +65,33 @@ def test_parts_of_an_initial_weight_make_up_the_whole(tp, monkeypatch):
             assert all(torch.equal(part, whole) for part in parts), name
         else:
             assert torch.equal(torch.cat(parts, dim), whole), name
+
+
+def test_random_values_of_a_weight_of_any_rank():
+    for spec in OTHER_RANKS.values():
+        assert initial_weight("w", spec, 5).std() == pytest.approx(0.02, rel=0.2)
+
+
+def test_constant_weights():
+    norm = WeightSpec((4, 3), 1, initial="zeros")
+    assert torch.equal(initial_weight("w", norm, 5, 3, 1), torch.zeros(4, 1))
+
+
+def test_a_weight_that_ranks_may_hold_whole_says_over_what_its_gradient_is_partial():
+    with pytest.raises(ValueError, match=r"\(48,\).*partial"):
+        WeightSpec((48,))
+    with pytest.raises(ValueError, match="partial"):
+        WeightSpec((16, 48), 0, unit=8)
+    expected = {PartialOver.SEQUENCE: (True, False), PartialOver.HEADS: (True, True), PartialOver.NOTHING: (False, False)}
+    for over, (with_sp, without) in expected.items():
+        spec = WeightSpec((8,), partial_over=over)
+        assert (spec.gradient_is_partial(2, True), spec.gradient_is_partial(2, False)) == (with_sp, without), over
+        assert not spec.gradient_is_partial(1, True)
+    assert not WeightSpec((16, 48), 0, unit=8, partial_over=PartialOver.HEADS).gradient_is_partial(2, True)  # cut: each rank has its own
+
+
+def test_matrices_decay_and_norms_do_not():
+    assert all(spec.decays == (len(spec.shape) == 2) for spec in weight_table(SMALL).values())
 
 
 def test_initial_values_differ_by_name_and_seed_and_have_the_right_spread():

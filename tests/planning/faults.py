@@ -16,7 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.model import llama, rope
-from megatron_llama3.model.sharding import WeightSpec
+from megatron_llama3.model.sharding import PartialOver, WeightSpec
 from megatron_llama3.parallel import collectives, tensor_parallel
 from megatron_llama3.parallel.context_parallel import local_positions
 from megatron_llama3.parallel.pipeline_parallel import PipelineExecutor
@@ -49,12 +49,16 @@ def _drop_backward_all_reduce() -> None:
     collectives._CopyToGroup.backward = staticmethod(lambda ctx, grad: (grad, None))
 
 
+def _leave_gradients_unsummed(over: PartialOver) -> None:
+    _patch(WeightSpec, "gradient_is_partial", lambda original, spec, *args: spec.partial_over is not over and original(spec, *args))
+
+
 def _leave_norm_gradients_unsummed() -> None:
-    _patch(WeightSpec, "gradient_is_partial", lambda original, spec, *args: not spec.is_norm and original(spec, *args))
+    _leave_gradients_unsummed(PartialOver.SEQUENCE)
 
 
 def _leave_replicated_kv_gradients_unsummed() -> None:
-    _patch(WeightSpec, "gradient_is_partial", lambda original, spec, *args: spec.is_norm and original(spec, *args))
+    _leave_gradients_unsummed(PartialOver.HEADS)
 
 
 def _count_replicas_in_norm() -> None:
@@ -134,7 +138,7 @@ def _leave_one_tied_copy_unsynced() -> None:
     def unsynced(original, self: Fsdp2Engine, names: list[str], group) -> None:
         kept = {n: tensor_parallel.local_part(self.parameters[n].grad).clone() for n in names}
         original(self, names, group)
-        if self.holds_second_tied_copy and group is self.groups.embedding:
+        if self.groups.is_last_stage and group is self.groups.embedding:
             for name, gradient in kept.items():
                 tensor_parallel.local_part(self.parameters[name].grad).copy_(gradient)
 

@@ -5,15 +5,16 @@ import sys
 
 import pytest
 
-from megatron_llama3.config.model import ModelConfig, parameter_count
+from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.config.parallel import layers_of_chunks
 from megatron_llama3.config.presets import preset
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.schedules import phases
 from megatron_llama3.config.validate import resolve
+from megatron_llama3.model.counts import parameter_count
 from megatron_llama3.parallel.schedule import Action, Timed
 from megatron_llama3.planning.estimate import describe
-from megatron_llama3.planning.memory import layer_activation_bytes, local_layer_parameters, peak_memory, rank_memory, timeline_of
+from megatron_llama3.planning.memory import layer_activation_bytes, peak_memory, rank_memory, timeline_of
 
 
 def config_of(model: ModelConfig | None = None, batch: int = 8, **parallel) -> RunConfig:
@@ -57,16 +58,6 @@ def test_state_is_sharded_as_each_engine_does():
     assert state(engine="deepspeed", zero_stage=2) == (2, 1, 3)
     assert state(engine="deepspeed", zero_stage=3) == (0.5, 1, 3)
     assert state(engine="deepspeed", zero_stage=1, optimizer_cpu_offload=True) == (2, 4, 0)
-
-
-@pytest.mark.parametrize(("tp", "kv_heads"), [(1, 4), (2, 4), (4, 4), (8, 2), (8, 1)])
-def test_layer_parameters_equal_the_weight_table(tp, kv_heads):
-    from megatron_llama3.model.sharding import layer_weights
-
-    config = config_of(ModelConfig(num_query_groups=kv_heads), world_size=tp, tensor_model_parallel_size=tp)
-    shapes = [spec.local_shape(tp, 0) for spec in layer_weights(config.model).values()]
-    expected = sum(rows * (columns[0] if columns else 1) for rows, *columns in shapes)
-    assert local_layer_parameters(config.model, config.parallel) == expected
 
 
 def test_in_flight_activations_follow_the_schedule():

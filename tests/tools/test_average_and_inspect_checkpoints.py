@@ -13,7 +13,8 @@ import torch
 from megatron_llama3.checkpoint.lazy_tensor import WeightSource, from_tensor
 from megatron_llama3.checkpoint.native.weights import open_native, write_native
 from megatron_llama3.config.model import ModelConfig
-from megatron_llama3.model.sharding import initial_weight, weight_table
+from megatron_llama3.model.initial_weights import initial_weight
+from megatron_llama3.model.sharding import weight_table
 
 MODEL = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=50)
 TOOLS = Path(__file__).parents[2] / "tools"

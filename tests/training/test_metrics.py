@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_llama3.config.model import flops_per_token
 from megatron_llama3.config.run import RunConfig
+from megatron_llama3.model.counts import flops_per_token
 from megatron_llama3.training import metrics
 from megatron_llama3.training.metrics import MetricsLogger
 from megatron_llama3.training.state import TrainState

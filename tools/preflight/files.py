@@ -8,11 +8,11 @@ from pathlib import Path
 
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.config.model import parameter_count
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.validate import missing_inputs
 from megatron_llama3.data.indexed_dataset import IndexedDataset
 from megatron_llama3.data.sidecar import describe_damaged_block, read_sidecar
+from megatron_llama3.model.counts import parameter_count
 from tools.preflight.meeting import Meeting, first_line, say
 from tools.preflight.place import NODE, PATIENCE, RANK, RANKS_PER_NODE, WORLD_SIZE
 
