@@ -2,5 +2,5 @@
 
 import pytest
 
-for module in ("datatrove", "rensa", "resiliparse", "py3langid", "phonenumbers", "xxhash"):
+for module in ("datatrove", "rensa", "resiliparse", "py3langid", "phonenumbers", "scipy", "stdnum", "xxhash"):
     pytest.importorskip(module, reason=f"{module} is not installed: pip install 'megatron-llama3[curation]'")

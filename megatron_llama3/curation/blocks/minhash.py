@@ -12,6 +12,8 @@ import numpy as np
 import xxhash
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.curation.global_block import DropListed, GlobalBlock, Search
@@ -171,17 +173,11 @@ def _similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def components(pairs: np.ndarray) -> np.ndarray:
     """int64 [n, 2]: each number that is not the smallest of its connected component, sorted, with that smallest one."""
     nodes, compact = np.unique(pairs, return_inverse=True)
-    one, other = compact.reshape(-1, 2).T
-    root = np.arange(len(nodes))
-    while (differ := root[one] != root[other]).any():
-        one, other = one[differ], other[differ]
-        low = np.minimum(root[one], root[other])
-        np.minimum.at(root, root[one], low)
-        np.minimum.at(root, root[other], low)
-        while (root[root] != root).any():
-            root = root[root]
-    later = np.flatnonzero(root != np.arange(len(nodes)))
-    return np.stack([nodes[later], nodes[root[later]]], 1).astype(np.int64).reshape(-1, 2)
+    edges = coo_array((np.ones(len(pairs), bool), compact.reshape(-1, 2).T), shape=(len(nodes), len(nodes)))
+    _, component = connected_components(edges, directed=False)
+    first = np.unique(component, return_index=True)[1][component]
+    later = np.flatnonzero(first != np.arange(len(nodes)))
+    return np.stack([nodes[later], nodes[first[later]]], 1)
 
 
 class FindClusters(PipelineStep):

@@ -71,6 +71,9 @@ def test_checksums():
     assert not passes_luhn("0000 0000 0000 0000")
     assert is_iban("GB82 WEST 1234 5698 7654 32")
     assert not is_iban("GB82 WEST 1234 5698 7654 33")
+    assert is_iban("BE68 5390 0754 7034")
+    assert not is_iban("ZZ33 WEST 1234 5698 7654 32")  # right check digits, no such country
+    assert not is_iban("GB91 1234 5698 7654 32")  # nor such a form
 
 
 def test_counts_are_left_and_lists_of_people_go():
