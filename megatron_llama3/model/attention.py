@@ -60,6 +60,11 @@ def _by_range(q: Tensor, plan: list[tuple]):
     return zip(q.split([end - start for start, end, *_ in plan]), plan, strict=True)
 
 
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """The results of all ranges; that of a single one itself, since a copy would be kept for the backward pass beside it."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
 # --- reference ---
 
 
@@ -103,7 +108,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[tuple[int, int, T
             enable_gqa=k.shape[1] != q.shape[2],
         )
         pieces.append(out.permute(2, 0, 1, 3))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return _joined(pieces)
 
 
 # --- torch's flex_attention: blocks of keys that no query of a block sees are skipped ---
@@ -140,7 +145,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[tuple[int, int, A
         queries, keys, values = (x.contiguous() for x in (piece.permute(1, 2, 0, 3), k[:, :, :end], v[:, :, :end]))
         out = _flex(q.is_cuda)(queries, keys, values, block_mask=blocks, enable_gqa=True)
         pieces.append(out.permute(2, 0, 1, 3))
-    return torch.cat(pieces)
+    return _joined(pieces)
 
 
 # --- torch.nn.attention.varlen (FlashAttention on CUDA): each stretch of queries in one document against that document's keys ---
@@ -188,7 +193,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[Stretches]) -> 
         lengths = (cumulative_queries, cumulative_keys, end - start, end)
         out = varlen_attn(queries, keys, values, *lengths, window_size=(-1, 0), enable_gqa=True)
         pieces.append(out.unflatten(0, (q.shape[1], -1)).transpose(0, 1))
-    return torch.cat(pieces)
+    return _joined(pieces)
 
 
 class Kernel(NamedTuple):
