@@ -32,7 +32,7 @@ class Fault:
     """Whether a run has what the fault breaks; in any other run it must change nothing."""
 
 
-def _patch(owner: object, name: str, around: Callable) -> None:
+def patch(owner: object, name: str, around: Callable) -> None:
     """Replaces `owner.name` by `around(original, *args)`."""
     original = getattr(owner, name)
     setattr(owner, name, wraps(original)(lambda *args, **kwargs: around(original, *args, **kwargs)))
@@ -42,7 +42,7 @@ def _patch(owner: object, name: str, around: Callable) -> None:
 
 
 def _drop_forward_all_reduce() -> None:
-    _patch(tensor_parallel, "reduce_from_group", lambda original, x, group: x)
+    patch(tensor_parallel, "reduce_from_group", lambda original, x, group: x)
 
 
 def _drop_backward_all_reduce() -> None:
@@ -50,7 +50,7 @@ def _drop_backward_all_reduce() -> None:
 
 
 def _leave_gradients_unsummed(over: PartialOver) -> None:
-    _patch(WeightSpec, "gradient_is_partial", lambda original, spec, *args: spec.partial_over is not over and original(spec, *args))
+    patch(WeightSpec, "gradient_is_partial", lambda original, spec, *args: spec.partial_over is not over and original(spec, *args))
 
 
 def _leave_norm_gradients_unsummed() -> None:
@@ -65,7 +65,7 @@ def _count_replicas_in_norm() -> None:
     def counts(original, self: Engine, name: str) -> bool:
         return original(self, name) or (self.tp.rank > 0 and self.weight(name).split_dim_at(self.tp.size) is None)
 
-    _patch(Engine, "counts_in_norm", counts)
+    patch(Engine, "counts_in_norm", counts)
 
 
 def _leave_padded_column_in_softmax() -> None:
@@ -75,7 +75,7 @@ def _leave_padded_column_in_softmax() -> None:
         torch.distributed.all_reduce(rows, torch.distributed.ReduceOp.MAX, group=tp.group)
         return original(hidden, F.pad(weight, (0, 0, 0, int(rows) - weight.shape[0])), targets, first_row, tp, *rest)
 
-    _patch(llama, "token_log_probs", padded)
+    patch(llama, "token_log_probs", padded)
 
 
 # --- context parallelism ---
@@ -85,7 +85,7 @@ def _patch_microbatches(change: Callable[[Engine, list], list]) -> None:
     def make(original, batch, groups, *args):
         return change(batch, groups, original(batch, groups, *args))
 
-    _patch(engine, "make_microbatches", make)
+    patch(engine, "make_microbatches", make)
 
 
 def _shift_mask_across_chunk() -> None:
@@ -93,7 +93,7 @@ def _shift_mask_across_chunk() -> None:
         first, *rest = original(seq_length, cp_size, cp_rank)
         return [first, *((start - 1, end - 1) for start, end in rest)]
 
-    _patch(microbatch, "chunk_ranges", shifted)
+    patch(microbatch, "chunk_ranges", shifted)
 
 
 def _leave_rope_unpermuted() -> None:
@@ -114,7 +114,7 @@ def _normalise_per_cp_shard() -> None:
         cp, mine = self.groups.topology.cp, local_positions(batch.tokens.shape[-1], self.groups.topology.cp, self.groups.at.cp)
         return original(self, batch._replace(loss_mask=batch.loss_mask[..., mine.numpy()])) * cp
 
-    _patch(Engine, "_global_token_count", count)
+    patch(Engine, "_global_token_count", count)
 
 
 def _normalise_per_microbatch() -> None:
@@ -142,11 +142,11 @@ def _leave_one_tied_copy_unsynced() -> None:
             for name, gradient in kept.items():
                 tensor_parallel.local_part(self.parameters[name].grad).copy_(gradient)
 
-    _patch(Fsdp2Engine, "_all_reduce_gradients", unsynced)
+    patch(Fsdp2Engine, "_all_reduce_gradients", unsynced)
 
 
 def _ignore_rope_scaling() -> None:
-    _patch(rope, "_scale_frequencies", lambda original, frequencies, config: frequencies)
+    patch(rope, "_scale_frequencies", lambda original, frequencies, config: frequencies)
 
 
 def _accumulate_in_bf16() -> None:

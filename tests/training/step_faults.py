@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_llama3.training import loop, step
+from megatron_llama3.training import learning_rate, loop
 from megatron_llama3.training.engine import Engine
 from tests.planning.faults import patch
 
@@ -52,7 +52,7 @@ def _clip_at_half_the_limit() -> None:
 
 
 def _lag_the_rate() -> None:
-    patch(step, "learning_rate", lambda original, config, number, *args: original(config, number - 1, *args))
+    patch(learning_rate, "_rate", lambda original, config, at, *args: original(config, at - 1, *args))
 
 
 STEP_FAULTS: dict[str, Callable[[], None]] = {
