@@ -2,10 +2,9 @@
 nothing."""
 
 import re
+import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_llama3.checkpoint.compatibility import check_compatible
 from megatron_llama3.checkpoint.huggingface.weights import open_hf
@@ -16,8 +15,9 @@ from megatron_llama3.config.command_line import load_run_config
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import CheckpointConfig, RunConfig
 from megatron_llama3.data.loader import TrainingStream
-from megatron_llama3.parallel.groups import ParallelGroups
+from megatron_llama3.parallel.groups import ParallelGroups, said_by_rank_0
 from megatron_llama3.training.engine import Engine
+from megatron_llama3.training.events import EVENTS_FILE, METRICS_FILE
 from megatron_llama3.training.state import TrainState
 
 # What a Hugging Face folder says and training may say otherwise: no number of the trained model depends on it.
@@ -36,16 +36,7 @@ class Start:
 def find_start(config: RunConfig, groups: ParallelGroups) -> Start | None:
     """Rank 0 looks and every rank gets its choice (collective), so that all start from the same place and thousands of ranks do not each
     look at every file. Raises UserError on all ranks: nothing there, damaged, or made by a run that does not fit this one."""
-    found: list = [None, None]
-    if groups.rank == 0:
-        try:
-            found[0] = _choose(config)
-        except UserError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found, src=0, group=groups.saving)
-    if found[1] is not None:
-        raise UserError(found[1])
-    return found[0]
+    return said_by_rank_0(groups, lambda: _choose(config))
 
 
 def load_start(start: Start | None, config: RunConfig, engine: Engine, stream: TrainingStream) -> TrainState:
@@ -85,7 +76,27 @@ def _choose(config: RunConfig) -> Start | None:
     elif options.load_hf is not None:
         start = Start(Path(options.load_hf), options, is_hf=True)
         _check_model(open_hf(start.folder), config, start.folder)
+    if options.save is not None and not options.auto_resume:
+        _check_save(Path(options.save), options.overwrite_save, start)
     return start
+
+
+def _check_save(save: Path, overwrite: bool, start: Start | None) -> None:
+    """Raises UserError if `save` holds checkpoints that this run does not go on from, and would overwrite one by one; with
+    --overwrite-save they are deleted, and the run's metrics and events with them."""
+    before = None if start is None or start.is_hf or start.options.finetune else start.folder.resolve()
+    saved = [folder for folder in _saved(save) if folder.exists()]
+    if not saved or (before is not None and before == saved[0].resolve()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"--save {save} holds {len(saved)} checkpoint{'s' * (len(saved) > 1)}, the last {saved[0].name}, which this run does not go on "
+            "from: add --auto-resume to go on, name another folder, or add --overwrite-save to delete what is there"
+        )
+    if before is not None and before.parent == save.resolve():
+        saved = [folder for folder in saved if _age(folder.name) < _age(before.name)]
+    for folder in [*saved, save / LATEST_FILE, *(save / name for name in (METRICS_FILE, EVENTS_FILE) if before is None)]:
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
 
 
 def _other_start(options: CheckpointConfig) -> Start | None:

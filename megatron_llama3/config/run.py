@@ -95,6 +95,7 @@ class CheckpointConfig:
     auto_resume: bool = option(
         False, "Go on from the last whole checkpoint in --save; where there is none, start as --load, --load-hf and --finetune say."
     )
+    overwrite_save: bool = option(False, "Delete what --save holds of a run that this one does not go on from.")
     save_interval: int | None = option(None, "Steps between checkpoints; one is always written at the end.")
     keep_last: int | None = option(None, "Of the checkpoints in --save keep this many, deleting older ones after each save; default all.")
     keep_every: int | None = option(

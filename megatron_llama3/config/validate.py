@@ -375,9 +375,12 @@ def missing_inputs(config: "RunConfig") -> Iterator[str]:
 def _checkpoint(config: "RunConfig") -> Iterator[str]:
     c = config.checkpoint
     if c.save is None:
-        for name in ("save_interval", "keep_last", "keep_every", "auto_resume"):
+        for name in ("save_interval", "keep_last", "keep_every", "auto_resume", "overwrite_save"):
             if getattr(c, name):
-                yield f"{flag(name)}{'' if name == 'auto_resume' else f' {getattr(c, name)}'} is given, but no --save folder"
+                value = "" if getattr(c, name) is True else f" {getattr(c, name)}"
+                yield f"{flag(name)}{value} is given, but no --save folder"
+    if c.overwrite_save and c.auto_resume:
+        yield "--overwrite-save deletes what --auto-resume would go on from: give one"
     if c.load is not None and c.load_hf is not None and not c.auto_resume:
         yield f"--load {c.load} and --load-hf {c.load_hf}: give one (with --auto-resume, --load-hf serves where --load is empty)"
     # With --auto-resume what the run once started from may be gone by now.

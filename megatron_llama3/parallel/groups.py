@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.parallel import ParallelConfig
 from megatron_llama3.parallel.topology import Coordinates, Topology
 
@@ -61,6 +63,22 @@ def initialize_groups(config: ParallelConfig, timeout_minutes: float = 10.0) -> 
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return _make_groups(config, device, timeout_minutes)
+
+
+def said_by_rank_0(groups: ParallelGroups, answer: Callable, is_shared: bool = True):
+    """What `answer()` gives on rank 0, on every rank; without `is_shared` on rank 0 alone, and None elsewhere. Collective. Where it raises
+    UserError, all ranks do."""
+    found, own = [None, None], None
+    if groups.rank == 0:
+        try:
+            own = answer()
+            found[0] = own if is_shared else None
+        except UserError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0, group=groups.saving)
+    if found[1] is not None:
+        raise UserError(found[1])
+    return found[0] if is_shared else own
 
 
 def destroy_groups() -> None:

@@ -11,9 +11,11 @@ import time
 from functools import partial
 
 from megatron_llama3.config.command_line import parse_run_config
+from megatron_llama3.config.launcher import check_launcher
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.tokenizer.llama3 import check_vocabulary_size
 from megatron_llama3.training.failures import run_and_exit
+from megatron_llama3.training.launcher_guard import end_with_launcher
 from megatron_llama3.training.stop import StopReasons
 
 
@@ -22,25 +24,37 @@ def pretrain(config: RunConfig) -> int:
     since, stop = time.time(), StopReasons(config)
     if config.data.tokenizer_model is not None:
         check_vocabulary_size(config.data.tokenizer_model, config.model.vocab_size)
-    # Imported here, so that refusals and dry runs take no seconds of torch.
+    # Imported here and in _run, so that refusals and dry runs take no seconds of torch.
     import torch.distributed as dist
 
-    from megatron_llama3.checkpoint.start import find_start, load_start
+    from megatron_llama3.checkpoint.save_lock import held
     from megatron_llama3.data.loader import build_train_and_valid_streams
     from megatron_llama3.parallel.groups import destroy_groups, initialize_groups
     from megatron_llama3.planning.estimate import describe
+
+    streams = build_train_and_valid_streams(config)
+    groups = initialize_groups(config.parallel, config.training.distributed_timeout_minutes)
+    if groups.rank == 0:
+        print(*config.notices, describe(config), sep="\n", flush=True)
+
+    with held(config.checkpoint.save, groups) as lock:
+        state = _run(config, groups, streams, stop, lock, since)
+
+    dist.barrier(groups.control)  # the launcher ends every rank when the first one leaves with a status other than 0
+    destroy_groups()
+    return stop.exit_status(state)
+
+
+def _run(config: RunConfig, groups, streams, stop: StopReasons, lock, since: float):
+    """From the checkpoint to go on from, if there is one, to the reason to stop; returns the last TrainState."""
+    from megatron_llama3.checkpoint.start import find_start, load_start
     from megatron_llama3.recipes.hooks import Observers, hooks_in_order
     from megatron_llama3.training.build import build_engine
     from megatron_llama3.training.failures import noted_failures
     from megatron_llama3.training.loop import train
     from megatron_llama3.training.profiling import memory_history
 
-    streams = build_train_and_valid_streams(config)
-    groups = initialize_groups(config.parallel, config.training.distributed_timeout_minutes)
     say = partial(print, flush=True) if groups.rank == 0 else lambda line: None
-    for line in [*config.notices, describe(config)]:
-        say(line)
-
     start = find_start(config, groups)  # refused before any weight is made if it does not fit
     engine = build_engine(config, groups)
     state = load_start(start, config, engine, streams[0])
@@ -49,16 +63,14 @@ def pretrain(config: RunConfig) -> int:
 
     observers = Observers(config, groups, state)
     hooks = hooks_in_order(engine, streams, config, observers, start)
+    hooks += [lambda *step: lock.check()] if lock is not None else []
     observers.note("start", state, since=since, loaded=start and str(start.folder), world_size=config.parallel.world_size)
     with memory_history(config, groups.rank), noted_failures(observers.events, state, groups.rank):
         reason = train(engine, streams[0], state, config, hooks, stop)
     observers.note("stop", state, reason=reason, is_finished=state.iteration >= config.training.train_iters)
     observers.close()
     say(f"stopped at iteration {state.iteration}: {reason}")
-
-    dist.barrier(groups.control)  # the launcher ends every rank when the first one leaves with a status other than 0
-    destroy_groups()
-    return stop.exit_status(state)
+    return state
 
 
 def _kernels(config: RunConfig, engine) -> str:
@@ -73,6 +85,8 @@ def _kernels(config: RunConfig, engine) -> str:
 def main() -> int:
     config = parse_run_config(sys.argv[1:])
     if not config.dry_run:
+        check_launcher()
+        end_with_launcher()
         return pretrain(config)
     from megatron_llama3.planning.estimate import describe
 

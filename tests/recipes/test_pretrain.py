@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -245,3 +246,42 @@ def test_traces_tensorboard_and_garbage(data, tmp_path):
     assert names.count("Optimizer.step#AdamW.step") == 2
     board = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert {event.step: event.value for event in board.Scalars("loss")} == pytest.approx(metrics(tmp_path), rel=1e-6)
+
+
+def test_checkpoints_that_a_run_does_not_go_on_from_are_safe(data, tmp_path):
+    save = tmp_path / "save"
+    flags = f"{MODEL} --data-path {data} --eval-iters 0 --save {save} --save-interval 2"
+    run(f"{flags} --train-iters 4")
+    before = {path: path.stat().st_mtime_ns for path in save.rglob("*") if path.is_file()}
+    advice = "2 checkpoints, the last iter_0000004, which this run does not go on from: add --auto-resume"
+    (save / "latest_checkpointed_iteration.txt").rename(tmp_path / "latest")
+    for others in ("", f"--load {save}"):  # Megatron's habit, with the latest file lost
+        with pytest.raises(RankFailedError, match=advice):
+            run(f"{flags} --train-iters 8 {others}")
+    (tmp_path / "latest").rename(save / "latest_checkpointed_iteration.txt")
+    for others in ("", f"--load {save}/iter_0000002", f"--load {save} --finetune"):
+        with pytest.raises(RankFailedError, match=advice):
+            run(f"{flags} --train-iters 8 {others}")
+    assert {path: path.stat().st_mtime_ns for path in save.rglob("*") if path.is_file()} == before
+    run(f"{flags} --train-iters 6 --load {save}/iter_0000002 --overwrite-save --override-opt-param-scheduler")
+    assert {path.name for path in save.glob("iter_*")} == {"iter_0000002", "iter_0000004", "iter_0000006"}
+    run(f"{flags} --train-iters 2 --overwrite-save")
+    assert {path.name for path in save.glob("iter_*")} == {"iter_0000002"}
+    assert sorted(metrics(save)) == [1, 2]
+
+
+def test_a_rank_ends_soon_after_its_launcher(tmp_path):
+    program = (
+        "import os, sys, time\n"
+        "from megatron_llama3.training import launcher_guard\n"
+        "launcher_guard.INTERVAL_SECONDS = 0.1\n"
+        "if os.fork():\n"
+        "    time.sleep(1)\n"
+        "    os._exit(9)\n"
+        "os.environ['RANK'] = '3'\n"
+        "launcher_guard.end_with_launcher()\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, cwd=ROOT)
+    assert done.returncode == 9
+    assert re.fullmatch(r"error: rank 3: its launcher \(process \d+\) is gone; start the run again to go on\n", done.stderr)
