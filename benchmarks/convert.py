@@ -29,10 +29,10 @@ from typing import NamedTuple
 import torch
 
 from megatron_llama3.checkpoint.files.publish import publish_folder, sync
-from megatron_llama3.checkpoint.huggingface.weights import open_hf, write_hf
+from megatron_llama3.checkpoint.huggingface import open_hf, write_hf
 from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource
-from megatron_llama3.checkpoint.meta.weights import open_meta, write_meta
-from megatron_llama3.checkpoint.native.weights import open_native, write_native
+from megatron_llama3.checkpoint.meta import open_meta, write_meta
+from megatron_llama3.checkpoint.native import open_native, write_native
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.sharding import weight_table
 

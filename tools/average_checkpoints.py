@@ -26,7 +26,7 @@ def main() -> None:
 
     from megatron_llama3.checkpoint.average import average, averaging_weights
     from megatron_llama3.checkpoint.files.publish import publish_folder
-    from megatron_llama3.checkpoint.native.weights import check_files, open_native, write_native
+    from megatron_llama3.checkpoint.native import check_files, open_native, write_native
 
     shares = averaging_weights(len(arguments.load), arguments.exponential_decay)
     source = average([open_native(path) for path in arguments.load], shares, [str(path) for path in arguments.load])

@@ -53,7 +53,7 @@ def main() -> None:
     import torch
 
     from megatron_llama3.checkpoint.files.publish import publish_folder
-    from megatron_llama3.checkpoint.native.weights import check_files
+    from megatron_llama3.checkpoint.native import check_files
     from megatron_llama3.checkpoint.tokenizer_files import with_tokenizer
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -75,18 +75,18 @@ def main() -> None:
 
 def _open(kind: str, path: Path):
     """The WeightSource of a folder or file of that kind."""
-    from megatron_llama3.checkpoint.gguf.weights import open_gguf
-    from megatron_llama3.checkpoint.huggingface.weights import open_hf
-    from megatron_llama3.checkpoint.meta.weights import open_meta
-    from megatron_llama3.checkpoint.native.weights import open_native
+    from megatron_llama3.checkpoint.gguf import open_gguf
+    from megatron_llama3.checkpoint.huggingface import open_hf
+    from megatron_llama3.checkpoint.meta import open_meta
+    from megatron_llama3.checkpoint.native import open_native
 
     return {"native": open_native, "hf": open_hf, "meta": open_meta, "gguf": open_gguf}[kind](path)
 
 
 def _write(kind: str, source, folder: Path, dtype, shards: int, workers: int | None) -> None:
-    from megatron_llama3.checkpoint.huggingface.weights import write_hf
-    from megatron_llama3.checkpoint.meta.weights import write_meta
-    from megatron_llama3.checkpoint.native.weights import write_native
+    from megatron_llama3.checkpoint.huggingface import write_hf
+    from megatron_llama3.checkpoint.meta import write_meta
+    from megatron_llama3.checkpoint.native import write_native
 
     if kind == "meta":
         write_meta(source, folder, shards, dtype, workers)
@@ -97,7 +97,7 @@ def _write(kind: str, source, folder: Path, dtype, shards: int, workers: int | N
 def _verify(arguments: argparse.Namespace, source, written: Path, dtype) -> None:
     """Compares the logits of what was read and of what was written. Raises UserError if they differ."""
     from megatron_llama3.checkpoint.compare_logits import compare_sides, side_logits
-    from megatron_llama3.checkpoint.gguf.weights import gguf_file
+    from megatron_llama3.checkpoint.gguf import gguf_file
 
     path = gguf_file(arguments.load) if arguments.source == "gguf" else arguments.load
     before, reader = side_logits(arguments.source, path, source, dtype)

@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with another checkpoint")
     arguments = parser.parse_args()
 
+    from megatron_llama3.checkpoint.native import open_native_tensors
     from megatron_llama3.checkpoint.native.folder import resolve_native
-    from megatron_llama3.checkpoint.native.weights import open_native_tensors
 
     folder = resolve_native(arguments.checkpoint)
     if arguments.verify and print_damage(folder):
@@ -72,7 +72,7 @@ def verify(tensors: dict) -> bool:
 
 def print_differences(folder: Path, tensors: dict, other_folder: Path) -> bool:
     """Whether anything differs."""
-    from megatron_llama3.checkpoint.native.weights import open_native_tensors
+    from megatron_llama3.checkpoint.native import open_native_tensors
 
     others, found = open_native_tensors(other_folder), []
     found += config_differences(folder, other_folder)

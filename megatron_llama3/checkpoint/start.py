@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from megatron_llama3.checkpoint.compatibility import check_compatible
-from megatron_llama3.checkpoint.huggingface.weights import open_hf
+from megatron_llama3.checkpoint.huggingface import open_hf
 from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, resolve_native
 from megatron_llama3.checkpoint.native.manifest import damage
 from megatron_llama3.checkpoint.store import load_checkpoint, load_hf_weights
@@ -49,7 +49,7 @@ def load_start(start: Start | None, config: RunConfig, engine: Engine, stream: T
     return load_checkpoint(start.folder, replace(config, checkpoint=start.options), engine, stream)
 
 
-def own_start(config: RunConfig) -> Start | None:
+def latest_whole_checkpoint(config: RunConfig) -> Start | None:
     """The last whole checkpoint of this run's --save, taken with all that is in it; None where nothing was saved yet.
 
     Each damaged one that is passed over is a printed line. Raises UserError if none of several is whole.
@@ -67,7 +67,7 @@ def own_start(config: RunConfig) -> Start | None:
 
 def _choose(config: RunConfig) -> Start | None:
     options = config.checkpoint
-    start = own_start(config) if options.auto_resume else None
+    start = latest_whole_checkpoint(config) if options.auto_resume else None
     if start is None and options.load is not None:
         start = _other_start(options)
     if start is not None:

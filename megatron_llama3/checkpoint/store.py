@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from megatron_llama3.checkpoint.files.publish import sync
-from megatron_llama3.checkpoint.huggingface.weights import open_hf
+from megatron_llama3.checkpoint.huggingface import open_hf
 from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, read_train_state
 from megatron_llama3.checkpoint.native.manifest import MANIFEST_FILE, summarize, write_manifest
 from megatron_llama3.checkpoint.native.metadata import SafeFileSystemReader

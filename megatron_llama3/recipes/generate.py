@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_checkpoint(args: argparse.Namespace) -> tuple["WeightSource", "Tokenizer"]:
     """The stored weights, and the tokenizer that was named, or that lies with them, or that their run was trained with."""
-    from megatron_llama3.checkpoint.huggingface.weights import open_hf
+    from megatron_llama3.checkpoint.huggingface import open_hf
     from megatron_llama3.checkpoint.native.weights import CONFIG_FILE, TOKENIZER_FOLDER, open_native, resolve_native
     from megatron_llama3.config.command_line import load_run_config
     from megatron_llama3.tokenizer.llama3 import load_tokenizer

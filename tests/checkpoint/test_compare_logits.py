@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_llama3.checkpoint.compare_logits import compare_sides, our_logits, side_logits
-from megatron_llama3.checkpoint.huggingface.weights import open_hf
+from megatron_llama3.checkpoint.huggingface import open_hf
 from megatron_llama3.checkpoint.lazy_tensor import from_tensor
 from megatron_llama3.config.errors import UserError
 

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from megatron_llama3.checkpoint.huggingface.weights import open_hf, write_hf
-from megatron_llama3.checkpoint.meta.weights import open_meta, write_meta
-from megatron_llama3.checkpoint.native.weights import open_native, write_native
+from megatron_llama3.checkpoint.huggingface import open_hf, write_hf
+from megatron_llama3.checkpoint.meta import open_meta, write_meta
+from megatron_llama3.checkpoint.native import open_native, write_native
 from megatron_llama3.config.errors import UserError
 
 FORMATS = {"hf": (open_hf, write_hf), "native": (open_native, write_native), "meta": (open_meta, write_meta)}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_llama3.checkpoint.huggingface.weights import open_hf, write_hf
-from megatron_llama3.checkpoint.meta.weights import open_meta, write_meta
-from megatron_llama3.checkpoint.native.weights import open_native, write_native
+from megatron_llama3.checkpoint.huggingface import open_hf, write_hf
+from megatron_llama3.checkpoint.meta import open_meta, write_meta
+from megatron_llama3.checkpoint.native import open_native, write_native
 
 OPEN = {"hf": open_hf, "meta": open_meta, "native": open_native}
 WRITE = {"hf": write_hf, "meta": lambda source, folder: write_meta(source, folder, 6), "native": write_native}

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE
-from megatron_llama3.checkpoint.start import own_start
+from megatron_llama3.checkpoint.start import latest_whole_checkpoint
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import CheckpointConfig, RunConfig
 
 
 def chosen(save: Path) -> str | None:
-    start = own_start(RunConfig(checkpoint=CheckpointConfig(save=str(save), finetune=True, no_load_optim=True)))
+    start = latest_whole_checkpoint(RunConfig(checkpoint=CheckpointConfig(save=str(save), finetune=True, no_load_optim=True)))
     assert start is None or not (start.options.finetune or start.options.no_load_optim)
     return start and start.folder.name
 

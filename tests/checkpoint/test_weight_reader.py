@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from megatron_llama3.checkpoint.huggingface.weights import open_hf
-from megatron_llama3.checkpoint.native.weights import write_native
+from megatron_llama3.checkpoint.huggingface import open_hf
+from megatron_llama3.checkpoint.native import write_native
 from megatron_llama3.checkpoint.start import find_start, load_start
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.config.parallel import ParallelConfig

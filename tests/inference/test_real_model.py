@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llama3.checkpoint.gguf.weights import open_gguf
-from megatron_llama3.checkpoint.huggingface.weights import export_hf, open_hf
-from megatron_llama3.checkpoint.native.weights import open_native, write_native
+from megatron_llama3.checkpoint.gguf import open_gguf
+from megatron_llama3.checkpoint.huggingface import export_hf, open_hf
+from megatron_llama3.checkpoint.native import open_native, write_native
 from megatron_llama3.inference.engine import InferenceEngine
 from megatron_llama3.inference.sampling import GREEDY
 from megatron_llama3.planning.local_ranks import run_ranks

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_llama3.checkpoint.gguf.weights import open_gguf
-from megatron_llama3.checkpoint.huggingface.weights import open_hf
+from megatron_llama3.checkpoint.gguf import open_gguf
+from megatron_llama3.checkpoint.huggingface import open_hf
 from megatron_llama3.checkpoint.lazy_tensor import WeightSource
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.config.parallel import ParallelConfig

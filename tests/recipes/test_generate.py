@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_llama3.checkpoint.huggingface.weights import export_hf
+from megatron_llama3.checkpoint.huggingface import export_hf
 from megatron_llama3.checkpoint.lazy_tensor import WeightSource
 from megatron_llama3.checkpoint.native.weights import CONFIG_FILE, TOKENIZER_FOLDER, write_native
 from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_llama3.checkpoint.native.weights import open_native_tensors
+from megatron_llama3.checkpoint.native import open_native_tensors
 from megatron_llama3.checkpoint.start import Start
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.errors import UserError

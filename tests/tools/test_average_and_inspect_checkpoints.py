@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_llama3.checkpoint.lazy_tensor import WeightSource, from_tensor
-from megatron_llama3.checkpoint.native.weights import open_native, write_native
+from megatron_llama3.checkpoint.native import open_native, write_native
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.initial_weights import initial_weight
 from megatron_llama3.model.sharding import weight_table

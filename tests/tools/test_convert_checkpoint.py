@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_llama3.checkpoint.huggingface import open_hf
 from megatron_llama3.checkpoint.huggingface.config import config_to_hf
-from megatron_llama3.checkpoint.huggingface.weights import open_hf
-from megatron_llama3.checkpoint.meta.weights import write_meta
-from megatron_llama3.checkpoint.native.weights import open_native, write_native
+from megatron_llama3.checkpoint.meta import write_meta
+from megatron_llama3.checkpoint.native import open_native, write_native
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.sharding import weight_table
 from megatron_llama3.tokenizer.llama3 import Tokenizer

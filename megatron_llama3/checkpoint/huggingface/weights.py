@@ -15,7 +15,7 @@ from megatron_llama3.checkpoint.files.safetensors_file import read_safetensors, 
 from megatron_llama3.checkpoint.huggingface.config import config_from_hf, config_to_hf
 from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource, cast, equal
 from megatron_llama3.checkpoint.names import check_weights, to_halves, to_hf_name, to_pairs
-from megatron_llama3.checkpoint.native.weights import open_native
+from megatron_llama3.checkpoint.native import open_native
 from megatron_llama3.checkpoint.tokenizer_files import TOKEN_IDS, tokenizer_assets, with_tokenizer, write_tokenizer
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.model.sharding import weight_table

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_llama3.checkpoint.gguf.weights import open_gguf
-from megatron_llama3.checkpoint.huggingface.weights import export_hf, open_hf
+from megatron_llama3.checkpoint.gguf import open_gguf
+from megatron_llama3.checkpoint.huggingface import export_hf, open_hf
 from megatron_llama3.checkpoint.lazy_tensor import equal
 from megatron_llama3.checkpoint.names import to_gguf_name, to_hf_name
 from megatron_llama3.config.errors import UserError

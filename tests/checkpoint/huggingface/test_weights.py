@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_llama3.checkpoint.huggingface.weights import export_hf, open_hf
+from megatron_llama3.checkpoint.huggingface import export_hf, open_hf
 from megatron_llama3.config.errors import UserError
 
 

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 
-from megatron_llama3.checkpoint.huggingface.weights import open_hf
+from megatron_llama3.checkpoint.huggingface import open_hf
 from megatron_llama3.checkpoint.lazy_tensor import WeightSource, from_tensor
+from megatron_llama3.checkpoint.meta import open_meta, write_meta
 from megatron_llama3.checkpoint.meta.params import config_from_meta, config_to_meta, ffn_size
-from megatron_llama3.checkpoint.meta.weights import open_meta, write_meta
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.config.presets import PRESETS, preset

@@ -14,10 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron_llama3.checkpoint.files.publish import publish_folder
-from megatron_llama3.checkpoint.huggingface.weights import export_hf, open_hf
+from megatron_llama3.checkpoint.huggingface import export_hf, open_hf
+from megatron_llama3.checkpoint.native import open_native, open_native_tensors, write_native
 from megatron_llama3.checkpoint.native.folder import read_train_state
 from megatron_llama3.checkpoint.native.metadata import SafeFileSystemReader, read_metadata
-from megatron_llama3.checkpoint.native.weights import open_native, open_native_tensors, write_native
 from megatron_llama3.config.errors import UserError
 
 
