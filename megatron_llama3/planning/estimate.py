@@ -11,10 +11,11 @@ from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.schedules import Phase, phases, tokens_after
 from megatron_llama3.model.counts import flops_per_token, parameter_count
 from megatron_llama3.parallel.schedule import bubble_ratio
-from megatron_llama3.planning.memory import RankMemory, microbatches_of, peak_memory, timeline_of
+from megatron_llama3.planning.memory import KINDS, Peak, microbatches_of, peak_memory, timeline_of
 
 GIB = 2**30
 _MOST_ACTIONS_TO_SIMULATE = 50_000
+_TENSORS_LISTED = 6
 
 
 def describe(config: RunConfig) -> str:
@@ -96,7 +97,7 @@ def _contents(layers: int, has_embedding: bool, has_output: bool) -> str:
 def _phase(config: RunConfig, phase: Phase) -> list[str]:
     p, full = config.parallel, flops_per_token(config.model, phase.seq_length, causal=False)
     causal, microbatches = flops_per_token(config.model, phase.seq_length, causal=True), microbatches_of(config, phase)
-    rank, memory = peak_memory(config, phase)
+    peak = peak_memory(config, phase)
     lines = [
         _line(
             f"from {_count(phase.start)}",
@@ -108,8 +109,7 @@ def _phase(config: RunConfig, phase: Phase) -> list[str]:
     ]
     if p.pipeline_model_parallel_size > 1:
         lines.append(_line("", _bubble(config, microbatches)))
-    where = f"rank of pipeline stage {rank}" if p.pipeline_model_parallel_size > 1 else "rank"
-    return [*lines, _line("", f"GiB a {where}: {_gib(memory)}")]
+    return [*lines, *_memory(config, peak)]
 
 
 def _bubble(config: RunConfig, microbatches: int) -> str:
@@ -122,9 +122,15 @@ def _bubble(config: RunConfig, microbatches: int) -> str:
     return f"{text}; the schedule itself: {bubble_ratio(timeline_of(config, microbatches)):.4f}"
 
 
-def _gib(memory: RankMemory) -> str:
-    parts = ("weights", "gradients", "optimizer", "activations", "temporary")
-    return ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in parts) + f"; in all {memory.total / GIB:.2f}"
+def _memory(config: RunConfig, peak: Peak) -> list[str]:
+    """The fullest moment of the rank that needs most, by kind and by tensor."""
+    where = f"rank of pipeline stage {peak.stage}" if config.parallel.pipeline_model_parallel_size > 1 else "rank"
+    kinds = ", ".join(f"{kind} {peak.of(kind) / GIB:.2f}" for kind in KINDS)
+    tensors = ", ".join(f"{name} {size / GIB:.2f}" for name, size in peak.largest(_TENSORS_LISTED))
+    return [
+        _line("", f"GiB a {where}, fullest in the {peak.moment}: {kinds}; in all {peak.total / GIB:.2f}"),
+        _line("", f"of these {tensors}"),
+    ]
 
 
 def _run(config: RunConfig) -> list[str]:

@@ -68,10 +68,8 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
         if os.environ.get("RANK", "0") != "0":
             _let_others_speak_first()
         _exit(2, [f"error: {line}" for line in str(error).splitlines()])
-    except SystemExit:
+    except (SystemExit, KeyboardInterrupt):
         raise
-    except KeyboardInterrupt:
-        _exit(128 + signal.SIGINT, ["interrupted"] if os.environ.get("RANK", "0") == "0" else [])
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
         os._exit(1)
     except BaseException as error:  # some of torch's are no Exception

@@ -28,10 +28,6 @@ PEAK_TFLOPS = {
 """Dense bf16 tensor-core TFLOP/s by the vendor's sheets, by a part of the device's name; the first that fits counts."""
 
 
-WANDB_ID_FILE = "wandb_run_id"
-"""in the log folder: every start of a run goes on with the same W&B run"""
-
-
 class MetricsLogger:
     """A hook for `training.loop.train`."""
 
@@ -142,7 +138,7 @@ class MetricsLogger:
         if self.path is not None:
             append_line(self.path, record | {"time": time.time()})
         if self.wandb is not None:
-            self.wandb.log(record)
+            self.wandb.log(record, step=record["iteration"])
         if self.tensorboard is not None:
             for name, value in record.items():
                 self.tensorboard.add_scalar(name, value, record["iteration"])
@@ -174,16 +170,8 @@ def _start_wandb(config: RunConfig):
         return None
     import wandb
 
-    folder, kept = log.wandb_save_dir or log_folder(config) or ".", log_folder(config)
-    known = kept / WANDB_ID_FILE if kept is not None else None
-    run_id = known.read_text().strip() if known is not None and known.is_file() else None
-    run = wandb.init(project=log.wandb_project, name=log.wandb_exp_name, dir=folder, mode=log.wandb_mode, id=run_id, resume="allow")
-    run.config.update(asdict(config), allow_val_change=True)  # a later start may have another layout
-    run.define_metric("*", step_metric="iteration")  # W&B's own step cannot go back, as a start after a crash does
-    if known is not None:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(run.id)
-    return run
+    folder = log.wandb_save_dir or log_folder(config) or "."
+    return wandb.init(project=log.wandb_project, name=log.wandb_exp_name, dir=folder, mode=log.wandb_mode, config=asdict(config))
 
 
 def _start_tensorboard(config: RunConfig, state: TrainState):

@@ -1,8 +1,6 @@
 """Why a run ends between two steps, agreed on by all ranks, and the exit status that follows. Imports torch only when asked to agree."""
 
-import os
 import signal
-import sys
 import time
 
 from megatron_llama3.config.run import RunConfig
@@ -12,12 +10,10 @@ RESTART_STATUS = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong with the run, and started again it goes on. scripts/pretrain.sbatch requeues itself on it."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-IMPATIENT_SECONDS = 3.0
-"""A second Ctrl-C after so long ends the process at once; a launcher passes the first one on, so that a rank gets it twice."""
 
 
 class StopReasons:
-    """--train-iters, --exit-interval, --exit-duration-in-mins (counted from here), Ctrl-C, and --exit-signal-handler (SIGTERM, SIGUSR1).
+    """--train-iters, --exit-interval, --exit-duration-in-mins (counted from here) and --exit-signal-handler (SIGTERM, SIGUSR1).
 
     Made as the first thing of a run, so that a signal during its start is kept until the first step is done and saved.
     """
@@ -25,8 +21,7 @@ class StopReasons:
     def __init__(self, config: RunConfig):
         self.training = config.training
         self.started = time.monotonic()
-        self.signalled, self.interrupted = 0, 0.0
-        signal.signal(signal.SIGINT, self._on_interrupt)
+        self.signalled = 0
         if self.training.exit_signal_handler:
             for number in SIGNALS:
                 signal.signal(number, self._on_signal)
@@ -40,8 +35,10 @@ class StopReasons:
             return "--exit-interval is reached"
         if t.exit_duration_in_mins and _largest(time.monotonic() - self.started > 60 * t.exit_duration_in_mins, control):
             return "--exit-duration-in-mins is over"
-        self.signalled = _largest(self.signalled, control)
-        return f"{signal.Signals(self.signalled).name} was received" if self.signalled else None
+        if t.exit_signal_handler:
+            self.signalled = _largest(self.signalled, control)
+            return f"{signal.Signals(self.signalled).name} was received" if self.signalled else None
+        return None
 
     def exit_status(self, state: TrainState) -> int:
         """RESTART_STATUS where a signal cut the run short; 0 where it is done, or was told beforehand to end here."""
@@ -49,14 +46,6 @@ class StopReasons:
 
     def _on_signal(self, number: int, _frame) -> None:
         self.signalled = number
-
-    def _on_interrupt(self, number: int, _frame) -> None:
-        now = time.monotonic()
-        if self.signalled and now - self.interrupted > IMPATIENT_SECONDS:
-            raise KeyboardInterrupt
-        if not self.signalled and os.environ.get("RANK", "0") == "0":
-            print("\ninterrupted: the run saves and ends after this step (again: at once, without saving)", file=sys.stderr, flush=True)
-        self.signalled, self.interrupted = number, now
 
 
 def _largest(here: int, control) -> int:

@@ -80,13 +80,3 @@ def test_weights_and_biases_gets_an_offline_run(tmp_path, monkeypatch):
     content = run.read_bytes()
     assert b"two-steps" in content
     assert b"validation_loss" in content
-
-
-@pytest.mark.slow
-def test_all_starts_of_a_run_are_one_run_of_weights_and_biases(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    for _ in range(2):
-        log_two_steps(config_for(tmp_path, wandb_project="test", wandb_save_dir=str(tmp_path)), monkeypatch)
-    ids = {path.name.split("-")[3] for path in tmp_path.glob("wandb/offline-run-*")}
-    assert ids == {(tmp_path / metrics.WANDB_ID_FILE).read_text()}
