@@ -151,6 +151,7 @@ def resident_mib() -> float:
 def ours(device: str, documents: list[int]):
     from megatron_llama3.parallel.groups import initialize_groups
     from megatron_llama3.training.build import build_engine
+    from megatron_llama3.training.objectives import NextToken
 
     config = our_config(device)
     groups = initialize_groups(config.parallel)
@@ -159,7 +160,7 @@ def ours(device: str, documents: list[int]):
     batch = our_batch(device, documents)
 
     def step() -> None:
-        engine.forward_backward(batch)
+        engine.forward_backward(batch, NextToken())
         engine.clip_gradients(1.0)
         engine.optimizer_step(1e-4)
 

@@ -9,7 +9,7 @@ target of its last token, which is also the first token of the dataset's next se
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +84,7 @@ class TrainingStream:
         drawn, positions = self.plan_batch(global_batch_size, seq_length)
         mine = _rows_of_rank(global_batch_size, micro_batch_size, dp_rank, dp_size)
         rows = [self._read(int(drawn[k]), int(positions[k]), seq_length) for k in mine.flat]
-        return Batch(*(np.stack(arrays).reshape(*mine.shape, seq_length) for arrays in zip(*rows)))
+        return merge_batches(rows, lambda arrays: np.stack(arrays).reshape(*mine.shape, seq_length))
 
     def read_ahead(self, global_batch_size: int, seq_length: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
         """Has the system begin to read what `next_batch` will want with the same arguments. Does not wait, and moves nothing."""
@@ -191,12 +191,18 @@ def whole_batch(batches: Sequence[Batch]) -> Batch:
 
     Returns arrays [num_micro_batches * dp_size, micro_batch_size, seq_length].
     """
-    return Batch(*(np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:]) for arrays in zip(*batches)))
+    return merge_batches(batches, lambda arrays: np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:]))
+
+
+def merge_batches(batches: Sequence[Batch], merge: Callable[[list[np.ndarray]], np.ndarray]) -> Batch:
+    """One batch of several, field by field; a field that the batches leave out (None) is left out."""
+    fields = zip(*batches, strict=True)
+    return Batch(*(None if arrays[0] is None else merge(list(arrays)) for arrays in fields))
 
 
 def batch_hash(batch: Batch) -> str:
     """Names a batch's content and order, and not how it is cut into micro-batches: equal under every layout."""
     digest = hashlib.sha256()
-    for array in batch:
+    for array in filter(lambda array: array is not None, batch):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_llama3.config.run import RunConfig
-from megatron_llama3.data.loader import Batch
+from megatron_llama3.data.loader import Batch, merge_batches
 from megatron_llama3.parallel.groups import initialize_groups
 from megatron_llama3.parallel.tensor_parallel import local_part
 from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.training.build import build_engine
 from megatron_llama3.training.engine import Engine
+from megatron_llama3.training.objectives import NextToken
 
 BOUNDS = {
     "fp64": {"loss": 1e-10, "norm": 1e-10, "gradient": 1e-10, "later_norms": 1e-10, "weight": 1e-8, "copies": 0.0},
@@ -123,7 +124,7 @@ def train_rank(config: RunConfig, steps: int, trainable, before) -> Trace:
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         batch = synthetic_batch(config, step, groups.at.dp, groups.topology.dp)
-        losses.append(engine.forward_backward(batch))
+        losses.append(engine.forward_backward(batch, NextToken())["loss"])
         if step == 0:
             gradients = whole_gradients(engine)
         norms.append(engine.clip_gradients(config.optimizer.clip_grad))
@@ -176,4 +177,4 @@ def synthetic_batch(config: RunConfig, step: int, dp_rank: int, dp_size: int) ->
         document_ids=document_ids,
         position_ids=position_ids,
     )
-    return Batch(*(a.reshape(g // (b * dp_size), dp_size, b, s)[:, dp_rank] for a in arrays))
+    return merge_batches([arrays], lambda one: one[0].reshape(g // (b * dp_size), dp_size, b, s)[:, dp_rank])

@@ -21,6 +21,7 @@ from megatron_llama3.training.events import EventLog
 from megatron_llama3.training.garbage import ManualGarbageCollection
 from megatron_llama3.training.loop import Hook
 from megatron_llama3.training.metrics import MetricsLogger
+from megatron_llama3.training.objectives import Objective
 from megatron_llama3.training.profiling import Profile
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult
@@ -58,6 +59,7 @@ class Observers:
 
 def hooks_in_order(
     engine: Engine,
+    objective: Objective,
     streams: tuple[TrainingStream, TrainingStream | None],
     config: RunConfig,
     observers: Observers,
@@ -76,7 +78,7 @@ def hooks_in_order(
     hooks += [StragglerReport(config.logging, engine.groups, observers.events)] if config.logging.log_straggler else []
     hooks += [rolling_back(engine, train_stream, config, observers, writer, start)]
     hooks += [saving(writer, train_stream, config, observers)] if writer is not None else []
-    hooks += [evaluation(engine, valid_stream, config, observers)] if valid_stream is not None else []
+    hooks += [evaluation(engine, objective, valid_stream, config, observers)] if valid_stream is not None else []
     return hooks
 
 
@@ -175,7 +177,7 @@ def saving(writer: CheckpointWriter, stream: TrainingStream, config: RunConfig, 
     return hook
 
 
-def evaluation(engine: Engine, stream: TrainingStream, config: RunConfig, observers: Observers) -> Hook:
+def evaluation(engine: Engine, objective: Objective, stream: TrainingStream, config: RunConfig, observers: Observers) -> Hook:
     """Every --eval-interval steps and at --train-iters: the mean loss over the same --eval-iters global batches of the validation split,
     of the ramps' last size and length. A run that is told to stop early does not wait for it."""
 
@@ -183,7 +185,7 @@ def evaluation(engine: Engine, stream: TrainingStream, config: RunConfig, observ
         is_due = state.iteration % config.training.eval_interval == 0 and not is_last
         if is_due or state.iteration >= config.training.train_iters:
             started = time.monotonic()
-            loss = evaluate(engine, stream, config, observers.watchdog.beat)
+            loss = evaluate(engine, objective, stream, config, observers.watchdog.beat)
             seconds = time.monotonic() - started
             observers.paused(seconds)
             observers.note("evaluate", state, seconds=seconds)
@@ -193,14 +195,20 @@ def evaluation(engine: Engine, stream: TrainingStream, config: RunConfig, observ
     return hook
 
 
-def evaluate(engine: Engine, stream: TrainingStream, config: RunConfig, after_batch: Callable[[], None] = lambda: None) -> float:
+def evaluate(
+    engine: Engine,
+    objective: Objective,
+    stream: TrainingStream,
+    config: RunConfig,
+    after_batch: Callable[[], None] = lambda: None,
+) -> float:
     """The mean loss over the first --eval-iters global batches of `stream`. Collective."""
     stream.rewind()
     total, count = 0.0, 0
     for _ in range(config.training.eval_iters):
         at, sizes, t = engine.groups.at, engine.groups.topology, config.training
         batch = stream.next_batch(t.global_batch_size, config.data.seq_length, t.micro_batch_size, at.dp, sizes.dp)
-        nll, tokens = engine.evaluate(batch)
-        total, count = total + nll, count + tokens
+        sums, counted = engine.evaluate(batch, objective)
+        total, count = total + sums["loss"], count + counted
         after_batch()
     return total / max(1, count)

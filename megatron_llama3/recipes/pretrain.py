@@ -52,21 +52,22 @@ def _run(config: RunConfig, groups, streams, stop: StopReasons, lock, since: flo
     from megatron_llama3.training.build import build_engine
     from megatron_llama3.training.failures import noted_failures
     from megatron_llama3.training.loop import train
+    from megatron_llama3.training.objectives import NextToken
     from megatron_llama3.training.profiling import memory_history
 
     say = partial(print, flush=True) if groups.rank == 0 else lambda line: None
     start = find_start(config, groups)  # refused before any weight is made if it does not fit
-    engine = build_engine(config, groups)
+    engine, objective = build_engine(config, groups), NextToken()
     state = load_start(start, config, engine, streams[0])
     say(_kernels(config, engine))
     say(f"loaded {start.folder} at iteration {state.iteration}" if start else "starting from initial weights")
 
     observers = Observers(config, groups, state)
-    hooks = hooks_in_order(engine, streams, config, observers, start)
+    hooks = hooks_in_order(engine, objective, streams, config, observers, start)
     hooks += [lambda *step: lock.check()] if lock is not None else []
     observers.note("start", state, since=since, loaded=start and str(start.folder), world_size=config.parallel.world_size)
     with memory_history(config, groups.rank), noted_failures(observers.events, state, groups.rank):
-        reason = train(engine, streams[0], state, config, hooks, stop)
+        reason = train(engine, objective, streams[0], state, config, hooks, stop)
     observers.note("stop", state, reason=reason, is_finished=state.iteration >= config.training.train_iters)
     observers.close()
     say(f"stopped at iteration {state.iteration}: {reason}")

@@ -20,6 +20,7 @@ from megatron_llama3.parallel.pipeline_parallel import DeferredWeightGradients, 
 from megatron_llama3.parallel.schedule import Action, make_timeline, with_communication
 from megatron_llama3.parallel.tensor_parallel import TensorParallel
 from megatron_llama3.training.microbatch import Microbatch, make_microbatches
+from megatron_llama3.training.objectives import Objective
 
 Trainable = Callable[[str], bool]
 
@@ -42,35 +43,37 @@ class Engine(ABC):
 
     # --- the verbs ---
 
-    def forward_backward(self, batch: Batch) -> float:
-        """Runs every micro-batch forward and backward. Gradients are left where `clip_gradients` finds them: those of the mean loss over
-        the real tokens of the whole global batch. Returns that loss, the same on every rank."""
-        count = self._global_token_count(batch)
-        microbatches = make_microbatches(batch, self.groups, self.config.data.document_mask)
-        total = torch.zeros((), dtype=torch.promote_types(self.main_dtype, torch.float32), device=self.groups.device)
+    def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
+        """Runs every micro-batch forward and backward. Gradients are left where `clip_gradients` finds them: those of the objective's
+        mean over the whole global batch. Returns the mean of each of its terms, the same on every rank."""
+        count = self._global_count(batch, objective)
+        microbatches = self._microbatches(batch, objective)
+        totals = torch.zeros(len(objective.terms), dtype=torch.promote_types(self.main_dtype, torch.float32), device=self.groups.device)
 
-        def on_loss(log_probs: Tensor, m: int) -> Tensor:
-            loss = -(log_probs * microbatches[m].loss_mask).sum() / count
-            total.add_(loss.detach())
-            return loss
+        def on_output(output: Tensor, m: int) -> Tensor:
+            loss, sums = objective(output, microbatches[m], self.groups.cp)
+            totals.add_(sums / count)
+            return loss / count
 
-        self._run_pipeline(microbatches, on_loss)
+        self._run_pipeline(microbatches, on_output)
         self.finish_gradients()
-        return self._sum_over_last_stage(total).item()
+        return dict(zip(objective.terms, self._sum_over_last_stage(totals).tolist(), strict=True))
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """(summed negative log-likelihood, number of tokens) of a global batch, the same on every rank."""
-        microbatches = make_microbatches(batch, self.groups, self.config.data.document_mask)
-        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+    def evaluate(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], int]:
+        """(the sum of each of the objective's terms, the count to divide them by) of a global batch, the same on every rank."""
+        microbatches = self._microbatches(batch, objective)
+        totals = torch.zeros(len(objective.terms), dtype=torch.float64, device=self.groups.device)
 
-        def on_loss(log_probs: Tensor, m: int) -> Tensor:
-            total.sub_((log_probs * microbatches[m].loss_mask).sum())
-            return total
+        def on_output(output: Tensor, m: int) -> Tensor:
+            loss, sums = objective(output, microbatches[m], self.groups.cp)
+            totals.add_(sums)
+            return loss
 
-        self._run_pipeline(microbatches, on_loss, forward_only=True)
+        self._run_pipeline(microbatches, on_output, forward_only=True)
         self.release_gathered_weights()
-        return self._sum_over_last_stage(total).item(), self._global_token_count(batch)
+        sums = self._sum_over_last_stage(totals).tolist()
+        return dict(zip(objective.terms, sums, strict=True)), self._global_count(batch, objective)
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> float:
@@ -185,6 +188,12 @@ class Engine(ABC):
             chunks[number] = chunk
         return chunks
 
+    def _microbatches(self, batch: Batch, objective: Objective) -> list[Microbatch]:
+        microbatches = make_microbatches(batch, self.groups, self.config.data.document_mask)
+        for m in microbatches:
+            m.inputs.loss_weights = objective.loss_weights(m)
+        return microbatches
+
     def _run_pipeline(self, microbatches: list[Microbatch], on_loss: Callable[[Tensor, int], Tensor], forward_only: bool = False) -> None:
         inputs = [m.inputs for m in microbatches]
         s, b = inputs[0].tokens.shape
@@ -204,8 +213,9 @@ class Engine(ABC):
             self._schedules[microbatches, forward_only] = actions
         return self._schedules[microbatches, forward_only]
 
-    def _global_token_count(self, batch: Batch) -> int:
-        count = torch.tensor(int(batch.loss_mask.sum()), device=self.groups.device)
+    def _global_count(self, batch: Batch, objective: Objective) -> int:
+        """Over the data-parallel ranks; 1 where nothing counts, as the sums are then 0."""
+        count = torch.tensor(objective.count(batch), device=self.groups.device)
         dist.all_reduce(count, group=self.groups.dp)
         return max(1, int(count))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.training.engine import Engine
+from megatron_llama3.training.objectives import Objective
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult, train_step
 from megatron_llama3.training.stop import StopReasons
@@ -15,12 +16,18 @@ Hook = Callable[[TrainState, StepResult, bool], None]
 
 
 def train(
-    engine: Engine, stream: TrainingStream, state: TrainState, config: RunConfig, hooks: Sequence[Hook], stop: StopReasons
+    engine: Engine,
+    objective: Objective,
+    stream: TrainingStream,
+    state: TrainState,
+    config: RunConfig,
+    hooks: Sequence[Hook],
+    stop: StopReasons,
 ) -> str:
     """Runs to `train_iters` or to the first reason to stop earlier. Returns why it stopped."""
     while state.iteration < config.training.train_iters:
         started = time.monotonic()
-        result = train_step(engine, stream, state, config)
+        result = train_step(engine, stream, state, config, objective)
         if result.skipped is None:
             state.useful_seconds += time.monotonic() - started
         reason = stop.after(state, engine.groups.control)

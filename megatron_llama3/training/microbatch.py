@@ -33,13 +33,11 @@ def make_microbatches(batch: Batch, groups: ParallelGroups, document_mask: bool 
         one_document = not document_mask or bool((ids == ids[:, :1]).all())
         same_positions = bool((positions == positions[0]).all())
         mask = AttentionMask(chunk_ranges(seq_length, cp_size, cp_rank), None if one_document else ids, groups.device)
-        loss_mask = on_device(batch.loss_mask[m])
         inputs = ModelInputs(
             tokens=on_device(batch.tokens[m]),
             position_ids=on_device(positions[:1] if same_positions else positions),
             mask=mask,
             targets=on_device(batch.targets[m]),
-            loss_weights=loss_mask.float(),
         )
-        microbatches.append(Microbatch(inputs, loss_mask))
+        microbatches.append(Microbatch(inputs, on_device(batch.loss_mask[m])))
     return microbatches

@@ -8,12 +8,13 @@ from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.training.bad_steps import note_step, reason_to_skip
 from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.learning_rate import next_learning_rate
+from megatron_llama3.training.objectives import Objective
 from megatron_llama3.training.state import TrainState
 
 
 class StepResult(NamedTuple):
     loss: float
-    """mean over the real tokens of the global batch"""
+    """mean over what the objective counts in the global batch: real tokens"""
     gradient_norm: float
     """before clipping"""
     lr: float
@@ -23,7 +24,7 @@ class StepResult(NamedTuple):
     """why the weights were left as they were, if they were"""
 
 
-def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config: RunConfig) -> StepResult:
+def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config: RunConfig, objective: Objective) -> StepResult:
     """Advances engine, stream and state by one optimizer step. Collective; the result is the same on every rank."""
     # Batch size and sequence length follow the paper's ramps, by tokens seen.
     global_batch_size, seq_length = phase_at(config, state.consumed_tokens)
@@ -33,7 +34,7 @@ def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config
     stream.read_ahead(*wanted)  # the next step's, while this one computes
 
     lr = next_learning_rate(config, state, global_batch_size)
-    loss = engine.forward_backward(batch)
+    loss = engine.forward_backward(batch, objective)["loss"]
     norm = engine.clip_gradients(config.optimizer.clip_grad)
     # A bad step changes no weight, no moment and no schedule; the data moves on.
     skipped = reason_to_skip(loss, norm, state, config.training)

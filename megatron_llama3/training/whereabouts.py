@@ -18,6 +18,7 @@ PHASES = {
     ("pipeline_parallel.py", "_forward"): "forward",
     ("pipeline_parallel.py", "_backward"): "backward",
     ("pipeline_parallel.py", "_weight_half"): "weight gradients",
+    ("engine.py", "clip_gradients"): "gradient norm",
     ("engine.py", "_sum_over_last_stage"): "summing the loss",
     ("hooks.py", "evaluate"): "evaluation",
     ("stop.py", "after"): "agreeing on whether to stop",
@@ -25,16 +26,14 @@ PHASES = {
     ("store.py", "wait"): "waiting for a save",
     ("store.py", "load_checkpoint"): "loading a checkpoint",
     **{(f"{engine}_engine.py", name): phase for engine in ("fsdp2", "deepspeed") for name, phase in (
-        ("finish_gradients", "gradient reduction"), ("clip_gradients", "gradient norm"), ("optimizer_step", "optimizer"),
+        ("finish_gradients", "gradient reduction"), ("optimizer_step", "optimizer"),
     )},
 }  # fmt: skip
 PATIENT = ("save", "waiting for a save", "loading a checkpoint")
 """Phases that may take longer than steps do; the collectives' own timeout bounds them."""
 
 # Where the main thread of a GPU run stands while the device works off its queue.
-SYNCHRONIZING = {("engine.py", "forward_backward"), ("engine.py", "_global_token_count")} | {
-    (f"{engine}_engine.py", "clip_gradients") for engine in ("fsdp2", "deepspeed")
-}
+SYNCHRONIZING = {("engine.py", name) for name in ("forward_backward", "_global_count", "clip_gradients")}
 
 
 class Place(NamedTuple):

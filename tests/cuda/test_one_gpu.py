@@ -11,6 +11,7 @@ from megatron_llama3.data.loader import Batch
 from megatron_llama3.model.attention import KERNELS, AttentionMask
 from megatron_llama3.parallel.groups import destroy_groups, initialize_groups
 from megatron_llama3.training.build import build_engine
+from megatron_llama3.training.objectives import NextToken
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICE = torch.device("cuda")
@@ -55,7 +56,7 @@ def test_bf16_training_lowers_the_loss(compiled):
         engine = build_engine(config, groups)
         losses = []
         for _ in range(20):
-            losses.append(engine.forward_backward(batch))
+            losses.append(engine.forward_backward(batch, NextToken())["loss"])
             engine.clip_gradients(1.0)
             engine.optimizer_step(1e-3)
     finally:

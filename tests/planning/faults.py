@@ -110,11 +110,11 @@ def _leave_rope_unpermuted() -> None:
 
 
 def _normalise_per_cp_shard() -> None:
-    def count(original, self: Engine, batch) -> int:
+    def count(original, self: Engine, batch, objective) -> int:
         cp, mine = self.groups.topology.cp, local_positions(batch.tokens.shape[-1], self.groups.topology.cp, self.groups.at.cp)
-        return original(self, batch._replace(loss_mask=batch.loss_mask[..., mine.numpy()])) * cp
+        return original(self, batch._replace(loss_mask=batch.loss_mask[..., mine.numpy()]), objective) * cp
 
-    patch(Engine, "_global_token_count", count)
+    patch(Engine, "_global_count", count)
 
 
 def _normalise_per_microbatch() -> None:

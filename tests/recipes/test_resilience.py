@@ -230,10 +230,7 @@ def poisoned_from(first: int, last: int):
 
         def poisoned(*args):
             factor = 3e38 if first <= positions[-1] <= last else 1.0
-            return [
-                m._replace(inputs=replace(m.inputs, loss_weights=m.inputs.loss_weights * factor), loss_mask=m.loss_mask * factor)
-                for m in make(*args)
-            ]
+            return [m._replace(loss_mask=m.loss_mask * factor) for m in make(*args)]
 
         TrainingStream.next_batch, engine.make_microbatches = noted, poisoned
 

@@ -16,9 +16,9 @@ def _scale_loss_and_gradients(factor_of: Callable) -> None:
     """`factor_of(batch)` multiplies the loss that is told and what AdamW gets."""
     factors = [1.0]
 
-    def scaled_loss(original, self, batch) -> float:
+    def scaled_loss(original, self, batch, objective) -> dict[str, float]:
         factors[0] = factor_of(batch)
-        return original(self, batch) * factors[0]
+        return {term: mean * factors[0] for term, mean in original(self, batch, objective).items()}
 
     def scaled_gradients(original, self, *args) -> None:
         for group in self.param_groups:

@@ -1,7 +1,6 @@
 """A step with a bad loss or gradient leaves no trace but in the data position, under every engine."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.training import engine as engine_module
 from megatron_llama3.training.bad_steps import ENOUGH, WINDOW, note_step, reason_to_skip
 from megatron_llama3.training.build import build_engine
+from megatron_llama3.training.objectives import NextToken
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import train_step
 from tests.training.test_resume import data, run_config  # noqa: F401  a fixture
@@ -60,10 +60,7 @@ def poison(kind: str, calls: list) -> None:
     def poisoned(*args):
         calls.append(1)
         factor = 1.0 if len(calls) != BAD else 3e38 if kind == "overflow" else 100.0
-        return [
-            m._replace(inputs=replace(m.inputs, loss_weights=m.inputs.loss_weights * factor), loss_mask=m.loss_mask * factor)
-            for m in make(*args)
-        ]
+        return [m._replace(loss_mask=m.loss_mask * factor) for m in make(*args)]
 
     engine_module.make_microbatches = poisoned
 
@@ -82,7 +79,7 @@ def two_runs(config: RunConfig, kind: str) -> tuple[list, list, list]:
             if step == BAD and not is_bad:
                 stream.plan_batch(4, 12)
             else:
-                results.append(train_step(engine, stream, state, config))
+                results.append(train_step(engine, stream, state, config, NextToken()))
         tensors = {key: local_part(tensor).clone() for key, tensor in engine.state_tensors().items()}
         runs.append(([r.skipped for r in results], [(r.loss, r.lr) for r in results if not r.skipped], tensors))
     (skipped, bad, first), (_, good, second) = runs

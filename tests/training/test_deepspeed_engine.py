@@ -16,6 +16,7 @@ from megatron_llama3.planning.equivalence import Trace, compare, one_process, sy
 from megatron_llama3.planning.local_ranks import RankFailedError, run_ranks
 from megatron_llama3.training.build import build_engine
 from megatron_llama3.training.engine import Engine
+from megatron_llama3.training.objectives import NextToken
 from tests.training.layouts import AXES, Row, config_of
 
 PLAIN: Row = {axis: values[0] for axis, values in AXES.items()} | {"kv_heads": 3}
@@ -102,9 +103,14 @@ def test_offload_changes_nothing(stage, dtype):
 # --- state out and in ---
 
 
+def evaluate(engine: Engine) -> float:
+    batch = synthetic_batch(engine.config, 9, engine.groups.at.dp, engine.groups.topology.dp)
+    return engine.evaluate(batch, NextToken())[0]["loss"]
+
+
 def take_step(engine: Engine, step: int) -> tuple[float, float]:
     batch = synthetic_batch(engine.config, step, engine.groups.at.dp, engine.groups.topology.dp)
-    loss = engine.forward_backward(batch)
+    loss = engine.forward_backward(batch, NextToken())["loss"]
     norm = engine.clip_gradients(engine.config.optimizer.clip_grad)
     engine.optimizer_step(1e-3)
     return loss, norm
@@ -154,7 +160,7 @@ def moved_over(source: RunConfig, targets: list[RunConfig], trainable) -> dict:
     for key in whole:
         assert not key.startswith("optimizer") or whole[key].any(), f"{key} is empty: this tests nothing"
     found = {"unchanged": [key for key in initial if trainable(key.removeprefix("model.")) and torch.equal(initial[key], whole[key])]}
-    evaluated = engine.evaluate(synthetic_batch(source, 9, groups.at.dp, groups.topology.dp))
+    evaluated = evaluate(engine)
     engines = []
     for target in targets:
         target.training.seed += 1  # other weights at first, which the loaded ones must replace
@@ -163,7 +169,7 @@ def moved_over(source: RunConfig, targets: list[RunConfig], trainable) -> dict:
         target.training.seed -= 1
         name = f"{target.parallel.engine}-{target.parallel.zero_stage}"
         found[name, "state"] = differing(whole_state(other), whole)
-        found[name, "loss"] = other.evaluate(synthetic_batch(target, 9, groups.at.dp, groups.topology.dp))[0] / evaluated[0] - 1
+        found[name, "loss"] = evaluate(other) / evaluated - 1
         engines.append((name, other))
     expected = [take_step(engine, step) for step in (2, 3)]
     after = whole_state(engine)

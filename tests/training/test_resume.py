@@ -20,6 +20,7 @@ from megatron_llama3.data.loader import build_train_and_valid_streams
 from megatron_llama3.parallel.groups import initialize_groups
 from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.training.build import build_engine
+from megatron_llama3.training.objectives import NextToken
 from megatron_llama3.training.step import train_step
 
 VOCABULARY = 103
@@ -134,7 +135,7 @@ def run(config: RunConfig, until: int, save: bool) -> Part:
                 writer.save(state, stream)
         if state.iteration == until:
             break
-        part.losses.append(train_step(engine, stream, state, config).loss)
+        part.losses.append(train_step(engine, stream, state, config, NextToken()).loss)
     if save:
         writer.wait()
     part.final = whole_tensors(engine)
