@@ -3,13 +3,15 @@ with one process.
 
 Each axis above 1 stays at 2 or more, and every set of axes that fits on 8 processes is tried together. Schedule, V, N against PP, M against
 PP, uneven and empty stages, engine, recomputation, tied embeddings, dtype and the ratio of KV heads to TP are kept. What the certificate
-calls exercised is read from the trials, not from the run.
+calls exercised is read from the trials, not from the run. Where spmd-types is installed, the model of each trial is typed by mesh axis too
+(mesh_types.py).
 """
 
 import math
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import combinations
 
 from megatron_llama3.config.model import ModelConfig
@@ -51,10 +53,12 @@ class Certificate:
     results: list[Result] = field(default_factory=list)
     exercised: list[str] = field(default_factory=list)
     not_exercised: list[str] = field(default_factory=list)
+    type_errors: list[str] | None = None
+    """of the trials' models; None where they were not typed"""
 
     @property
     def verdict(self) -> str:
-        if not all(result.passed for result in self.results):
+        if self.type_errors or not all(result.passed for result in self.results):
             return "FAILED"
         return "PARTIAL" if self.not_exercised else "PASSED"
 
@@ -63,6 +67,8 @@ def certify(config: RunConfig, progress=lambda text: None) -> Certificate:
     """Runs every trial of `config`'s layout in full precision and, for a bf16 run, in bf16."""
     certificate = Certificate(config)
     trials = make_trials(config)
+    if find_spec("spmd_types"):
+        certificate.type_errors = [error for trial in trials for error in type_errors(trial)]
     exact = "fp32" if config.parallel.engine == "deepspeed" else "fp64"
     own = "bf16" if config.optimizer.bf16 else "fp64" if config.optimizer.fp64 else "fp32"
     for trial in trials:
@@ -75,6 +81,17 @@ def certify(config: RunConfig, progress=lambda text: None) -> Certificate:
                 certificate.results.append(Result(trial, dtype, {"did not finish": math.inf}, {"did not finish": 0.0}))
     _list_features(certificate, trials)
     return certificate
+
+
+def type_errors(trial: Trial) -> list[str]:
+    """What of the trial's model does not type: nothing, or the first error and where it was found."""
+    from megatron_llama3.planning.mesh_types import check_types  # spmd-types, which only tests and certificates use
+
+    try:
+        check_types(trial.config)
+    except RankFailedError as error:
+        return [f"{describe(trial)}: {next(line for line in str(error).splitlines() if 'Error: ' in line)}"]
+    return []
 
 
 def run_trial(trial: Trial, dtype: str) -> Result:
@@ -316,6 +333,14 @@ def _judged(value: float, bound: float) -> str:
     return "ok" if value <= bound else "BROKEN"
 
 
+def _typed(certificate: Certificate) -> list[str]:
+    if certificate.type_errors is None:
+        return ["Measured only: with `pip install spmd-types==0.3.1` the sums of gradients over TP and CP are typed too."]
+    if certificate.type_errors:
+        return ["Does not type by mesh axis:", *(f"- {error}" for error in certificate.type_errors)]
+    return ["Typed and measured: for any values, each gradient is summed over TP and CP where it must be and nowhere else."]
+
+
 def as_markdown(certificate: Certificate, flags: list[str]) -> str:
     rows = [
         f"| {describe(r.trial)} | {r.dtype} | {kind} | {r.values[kind]:.1e} | {bound:.1e} | {_judged(r.values[kind], bound)} |"
@@ -333,6 +358,8 @@ def as_markdown(certificate: Certificate, flags: list[str]) -> str:
         "| trial | dtype | quantity | deviation | bound | |",
         "|---|---|---|---|---|---|",
         *rows,
+        "",
+        *_typed(certificate),
         "",
         "Exercised:",
         *(f"- {text}" for text in certificate.exercised),

@@ -5,6 +5,7 @@ import torch
 
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.parallel import layers_of_chunks
+from megatron_llama3.model.sharding import WeightSpec
 from megatron_llama3.planning import certify as module
 from megatron_llama3.planning.certify import Certificate, Result, as_markdown, certify, make_trials, run_trial
 from megatron_llama3.planning.equivalence import Trace, synthetic_batch
@@ -40,6 +41,7 @@ def test_a_phase_of_the_ramp_with_few_micro_batches_takes_no_axis_from_the_other
 def untrained(monkeypatch):
     """Trials are made but not run."""
     monkeypatch.setattr(module, "run_trial", lambda trial, dtype: Result(trial, dtype, {"loss": 0.0}, {"loss": 0.0}))
+    monkeypatch.setattr(module, "type_errors", lambda trial: [])
 
 
 def lengths(trial) -> list[int]:
@@ -190,6 +192,29 @@ def test_a_trial_that_fails_leaves_the_others_their_place(monkeypatch):
     assert said[1] == "did not finish: RuntimeError: no memory"
     assert certificate.verdict == "FAILED"
     assert "| did not finish | inf | 0.0e+00 | BROKEN |" in as_markdown(certificate, [])
+
+
+@pytest.mark.usefixtures("untrained")
+def test_what_does_not_type_fails_and_that_is_said(monkeypatch):
+    run = config("--world-size 2 --tensor-model-parallel-size 2 --sequence-parallel --num-layers 2")
+    assert "Typed and measured" in as_markdown(certify(run), [])
+    monkeypatch.setattr(module, "type_errors", lambda trial: ["TP 2: SpmdTypeError: V and I"])
+    certificate = certify(run)
+    assert certificate.verdict == "FAILED"
+    assert "- TP 2: SpmdTypeError: V and I" in as_markdown(certificate, [])
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    certificate = certify(run)
+    assert certificate.verdict == "PASSED"
+    assert "Measured only" in as_markdown(certificate, [])
+
+
+def test_the_types_of_a_trial(monkeypatch):
+    (trial,) = make_trials(config("--world-size 2 --tensor-model-parallel-size 2 --sequence-parallel --num-layers 2"))
+    assert module.type_errors(trial) == []
+    monkeypatch.setattr(WeightSpec, "gradient_is_partial", lambda spec, tp, sequence_parallel: False)
+    (error,) = module.type_errors(trial)
+    assert error.startswith("TP 2, M")
+    assert "SpmdTypeError: Invariant type on axis" in error
 
 
 @pytest.mark.slow
