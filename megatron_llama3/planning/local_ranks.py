@@ -94,6 +94,7 @@ def _collect(pipes: list, deadline: float) -> list:
 
 def _rank_main(rank: int, world_size: int, store_path: str, pipe, function: Callable, args: tuple) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # a recipe wants to see them; the store below stands for them
     torch.set_num_threads(1)
     try:
         store = dist.FileStore(store_path, world_size)
