@@ -7,7 +7,7 @@ from typing import Literal
 from megatron_llama3.checkpoint.files.foreign_config import read_json
 from megatron_llama3.checkpoint.lazy_tensor import WeightSource
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.tokenizer.llama3 import Tokenizer, load_tokenizer
+from megatron_llama3.tokenizer.llama3 import Tokenizer, TooManyEntriesError, check_vocabulary_size, load_tokenizer
 from megatron_llama3.tokenizer.vocabulary_files import write_tiktoken
 
 _FILES = (
@@ -48,12 +48,11 @@ def write_tokenizer(source: WeightSource, folder: Path, form: Literal["huggingfa
         (folder / name).write_bytes(content)
     if source.chat_template:
         (folder / "chat_template.jinja").write_text(source.chat_template)
+    _check_size(folder, files, source.model.vocab_size)
     generation = dict(source.generation)
     tokenizer = _llama3_tokenizer(folder, files, required=form == "huggingface" and _HF_FORM not in files)
     if tokenizer is None:
         return generation
-    if tokenizer.vocab_size > source.model.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocabulary {source.model.vocab_size}")
     if form == "huggingface" and not {_HF_FORM, "tokenizer_config.json"} <= files:
         tokenizer.save_huggingface(folder)
     if form == "meta" and _META_FORM not in files:
@@ -61,6 +60,17 @@ def write_tokenizer(source: WeightSource, folder: Path, form: Literal["huggingfa
     generation.setdefault("bos_token_id", tokenizer.bos_id)
     generation.setdefault("eos_token_id", list(tokenizer.stop_ids) if source.chat_template else tokenizer.eos_id)
     return generation
+
+
+def _check_size(folder: Path, files: set[str], vocab_size: int) -> None:
+    """Raises UserError where a tokenizer, of whatever family, has ids that the embedding has no row for."""
+    for name in {_HF_FORM, _META_FORM} & files:
+        try:
+            check_vocabulary_size(folder / name, vocab_size)
+        except TooManyEntriesError as error:
+            raise UserError(f"the tokenizer ({name}) has {error.entries} entries, the model's vocabulary {vocab_size}") from None
+        except UserError:  # of a form that is not known here: it travels as it is
+            continue
 
 
 def _llama3_tokenizer(folder: Path, files: set[str], required: bool) -> Tokenizer | None:

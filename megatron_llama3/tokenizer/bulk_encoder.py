@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_llama3.tokenizer.merges import reachable_merges
 from megatron_llama3.tokenizer.vocabulary_files import huggingface_json, tokenizer_file, write_whole
 
 if TYPE_CHECKING:
@@ -55,34 +56,3 @@ def _read_checked(path: Path) -> bytes | None:
         if hashlib.sha256(data[32:]).digest() == data[:32]:
             return data[32:]
     return None
-
-
-def reachable_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The last merge of each token, in order of rank: half of what `merges_of` gives, and the same ids in half the loading time.
-
-    Encoding merges the pair of lowest rank first. Where a token comes out of a text, every merge within its bytes was the lowest of the
-    text, and so of these bytes: they went as they go when the token is encoded alone, and the last merge is the same one.
-    """
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [i for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        last = _last_merge(token, ranks) if len(splits) > 1 else splits[0] if splits else None
-        if last is not None:
-            merges.append((token[:last], token[last:]))
-    return merges
-
-
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> int | None:
-    """Where the two parts meet that `token` is merged from at the end; None if merging never gets to two parts."""
-    never = len(ranks)
-    borders = list(range(len(token) + 1))
-    pairs = [ranks.get(token[start : start + 2], never) for start in range(len(token) - 1)]
-    while len(pairs) > 1:
-        k = pairs.index(lowest := min(pairs))
-        if lowest == never:
-            return None
-        del borders[k + 1], pairs[k]
-        for i in (k - 1, k):
-            if 0 <= i < len(pairs):
-                pairs[i] = ranks.get(token[borders[i] : borders[i + 2]], never)
-    return borders[1]

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.tokenizer.tokenizer_json import read_tokenizer_json, vocabulary_entries
 from megatron_llama3.tokenizer.vocabulary_files import (
     SPLIT_PATTERN,
     huggingface_json,
-    read_huggingface,
     read_tiktoken,
     tokenizer_file,
     write_tiktoken,
@@ -139,24 +139,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = tokenizer_file(path)
     if path.suffix != ".json":
         return Tokenizer(read_tiktoken(path))
-    ranks, specials = read_huggingface(path)
+    ranks, specials = read_tokenizer_json(path)
     _check_specials(path, len(ranks), specials)
     return Tokenizer(ranks, specials)
+
+
+class TooManyEntriesError(UserError):
+    """A tokenizer of `entries` ids beside a model of fewer."""
+
+    def __init__(self, path: str | Path, entries: int, vocab_size: int):
+        super().__init__(f"--tokenizer-model {path} has {entries} entries, --vocab-size {vocab_size} is smaller: raise it, or name another")
+        self.entries = entries
 
 
 def check_vocabulary_size(path: str | Path, vocab_size: int) -> None:
     """Raises UserError where a tokenizer, of Llama 3's kind or any that a tokenizer.json holds, has ids that a model lacks."""
     file = tokenizer_file(path)
-    if file.suffix != ".json":
-        entries = len(read_tiktoken(file)) + NUM_SPECIAL_TOKENS
-    else:
-        try:
-            data = json.loads(file.read_bytes())
-            entries = 1 + max([*data["model"]["vocab"].values(), *(token["id"] for token in data.get("added_tokens", []))])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"--tokenizer-model {file}: not a tokenizer.json with a vocabulary") from None
+    try:
+        entries = vocabulary_entries(file) if file.suffix == ".json" else len(read_tiktoken(file)) + NUM_SPECIAL_TOKENS
+    except UserError as error:
+        raise UserError(f"--tokenizer-model {error}") from None
     if entries > vocab_size:
-        raise UserError(f"--tokenizer-model {path} has {entries} entries, --vocab-size {vocab_size} is smaller: raise it, or name another")
+        raise TooManyEntriesError(path, entries, vocab_size)
 
 
 def _check_specials(path: Path, n_bpe: int, specials: dict[str, int]) -> None:

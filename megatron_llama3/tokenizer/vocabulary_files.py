@@ -1,4 +1,5 @@
-"""Reading and writing a vocabulary in its two public forms: Meta's `tokenizer.model` (tiktoken ranks) and Hugging Face's `tokenizer.json`.
+"""A vocabulary in its two public forms: Meta's `tokenizer.model` (tiktoken ranks), read and written, and Hugging Face's `tokenizer.json`,
+written (tokenizer_json.py reads it).
 
 A vocabulary is `ranks`, a dict from a token's bytes to its id 0..n-1; the id is also the merge priority. Special tokens follow.
 """
@@ -6,13 +7,13 @@ A vocabulary is `ranks`, a dict from a token's bytes to its id 0..n-1; the id is
 import base64
 import binascii
 import functools
-import json
 import os
 from pathlib import Path
 
 import orjson
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.tokenizer.merges import merges_of
 
 # The paper keeps tiktoken's cl100k pattern (paper 3.2; Meta's llama-models, tokenizer.py).
 SPLIT_PATTERN = (
@@ -75,43 +76,6 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 def write_tiktoken(path: Path, ranks: dict[bytes, int]) -> None:
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
     write_whole(path, b"".join(lines))
-
-
-def read_huggingface(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
-    """(ranks, special tokens) from a tokenizer.json of Llama 3's kind; any other kind is a UserError."""
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    model = data.get("model") or {}
-    pattern = _split_pattern(data.get("pre_tokenizer") or {})
-    if model.get("type") != "BPE" or pattern != SPLIT_PATTERN or data.get("normalizer"):
-        raise UserError(f"{path}: not a Llama 3 tokenizer (needs byte-level BPE, Llama 3's split pattern and no normalizer)")
-    to_byte = {char: byte for byte, char in byte_to_unicode().items()}
-    specials = {entry["content"]: entry["id"] for entry in data.get("added_tokens", [])}
-    try:
-        ranks = {bytes(to_byte[char] for char in token): id_ for token, id_ in model["vocab"].items() if token not in specials}
-    except KeyError as error:
-        raise UserError(f"{path}: character {error} is not in the byte-level alphabet") from None
-    check_ranks(ranks, path)
-    return ranks, specials
-
-
-def _split_pattern(pre_tokenizer: dict) -> str | None:
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
-    return patterns[0] if len(patterns) == 1 else None
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every split of every token into two tokens, by the whole's rank: what tiktoken's ranks mean, spelled out for Hugging Face."""
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [(left, right) for i in range(1, len(token)) if (left := token[:i]) in ranks and (right := token[i:]) in ranks]
-        if len(splits) > 1:
-            splits.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += splits
-    return merges
 
 
 def huggingface_json(

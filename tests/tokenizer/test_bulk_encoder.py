@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llama3.tokenizer import bulk_encoder
-from megatron_llama3.tokenizer.bulk_encoder import load_encoder, reachable_merges
+from megatron_llama3.tokenizer.bulk_encoder import load_encoder
+from megatron_llama3.tokenizer.merges import merges_of, reachable_merges
 from megatron_llama3.tokenizer.train import train
-from megatron_llama3.tokenizer.vocabulary_files import merges_of, write_tiktoken
+from megatron_llama3.tokenizer.vocabulary_files import write_tiktoken
 from tests.tokenizer.texts import SENTENCES
 from tests.tokenizer.vocabularies import small_vocabulary
 

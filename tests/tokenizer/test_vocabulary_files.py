@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_llama3.tokenizer.chat_format import CHAT_TEMPLATE, ChatFormat, Message
-from megatron_llama3.tokenizer.vocabulary_files import merges_of
+from megatron_llama3.tokenizer.merges import merges_of
 from tests.tokenizer.texts import ALL
 from tests.tokenizer.vocabularies import meta_vocabulary, small_vocabulary
 

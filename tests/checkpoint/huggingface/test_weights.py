@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_llama3.checkpoint.huggingface import export_hf, open_hf
 from megatron_llama3.config.errors import UserError
+from tests.tokenizer.vocabularies import small_vocabulary
 
 
 def tensors_of(folder):
@@ -199,3 +200,15 @@ def test_existing_folder_is_not_overwritten(make_hf, tmp_path):
     (tmp_path / "out" / "file").touch()
     with pytest.raises(UserError, match="exists already"):
         export_hf(open_hf(make_hf()), tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama3", "gpt2"])
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(make_hf, tmp_path, family):
+    small_vocabulary().save_huggingface(tmp_path)
+    if family == "gpt2":
+        data = json.loads((tmp_path / "tokenizer.json").read_text())
+        data["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"the tokenizer \(tokenizer.json\) has 1024 entries, the model's vocabulary 99"):
+        export_hf(open_hf(make_hf()), tmp_path / "out", tokenizer=tmp_path)
+    assert not (tmp_path / "out").exists()
