@@ -43,6 +43,7 @@ from megatron_llama3.planning.equivalence import synthetic_batch
 from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.training.engine import Trainable
 from megatron_llama3.training.microbatch import Microbatch, make_microbatches
+from megatron_llama3.training.objectives import NextToken
 
 Types = dict[MeshAxis, object]
 
@@ -79,10 +80,10 @@ def _check_types(config: RunConfig, trainable: Trainable, before: Callable[[], N
 
 
 def _check_chunk(chunk: Llama, microbatch: Microbatch, groups: ParallelGroups, loss_is_known: bool) -> None:
-    inputs, tp = microbatch.inputs, chunk.tp
+    inputs, tp, objective = microbatch.inputs, chunk.tp, NextToken()
     s, b = inputs.tokens.shape
     inputs.rotary, inputs.plan = rotary_table(inputs.position_ids, chunk.frequencies), chunk.plan_attention(inputs.mask, b)
-    inputs.loss_weights = inputs.loss_weights if loss_is_known else None
+    inputs.loss_weights = objective.loss_weights(microbatch) if loss_is_known else None
     between_layers = {groups.tp: V if tp.sequence_parallel else I, groups.cp: V}
     with type_checking([groups.tp, groups.cp]):
         for name, weight in chunk.named_weights():
@@ -101,7 +102,7 @@ def _check_chunk(chunk: Llama, microbatch: Microbatch, groups: ParallelGroups, l
             assert_type(out, between_layers)
             out.backward(torch.zeros_like(out))
         else:
-            loss = -(out * microbatch.loss_mask).sum()
+            loss, _ = objective(out, microbatch, groups.cp)
             assert_type(loss, {groups.tp: I, groups.cp: P})  # gradients are summed over DP and CP
             loss.backward()
 

@@ -32,6 +32,7 @@ def test_the_model_is_typed(layout):
     check_types(config(layout))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", MATRIX, ids=name_of)
 def test_every_row_of_the_matrix_is_typed(row):
     check_types(config_of(row, "fp32"), trainable_of(row))
