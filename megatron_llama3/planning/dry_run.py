@@ -22,6 +22,7 @@ from megatron_llama3.planning.live_memory import LiveMemory
 from megatron_llama3.planning.memory import microbatches_of
 from megatron_llama3.planning.stand_ins import replaced, stand_ins
 from megatron_llama3.training.build import build_engine
+from megatron_llama3.training.objectives import NextToken
 
 STEPS = 2  # in the first, DTensor makes tensors of global size to learn how its operators shard
 
@@ -70,7 +71,7 @@ def measure_rank(config: RunConfig, phase: Phase, rank: int) -> MeasuredStep:
         engine = build_engine(config, groups)
         for _ in range(STEPS):
             actions.clear()
-            engine.forward_backward(batch)
+            engine.forward_backward(batch, NextToken())
             memory.peak = memory.live
             engine.clip_gradients(config.optimizer.clip_grad)
             engine.optimizer_step(config.optimizer.lr)
