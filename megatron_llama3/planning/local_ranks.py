@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -100,7 +101,15 @@ def _rank_main(rank: int, world_size: int, store_path: str, pipe, function: Call
         store = dist.FileStore(store_path, world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
         pipe.send_bytes(pickle.dumps((True, function(*args))))
+        _leave_together()
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     pipe.close()
     os._exit(0)
+
+
+def _leave_together() -> None:
+    """A rank that ended while others still connect to it would fail them."""
+    with suppress(RuntimeError):  # another rank failed and is gone, which it has told
+        if dist.is_initialized():
+            dist.barrier()

@@ -84,6 +84,25 @@ def test_bf16_inputs_give_float32_log_probabilities_that_sum_to_one():
     torch.testing.assert_close(ours, plain(torch.bfloat16)[0], rtol=1e-5, atol=1e-5)
 
 
+def _bf16_weight_gradient(known: bool) -> torch.Tensor:
+    """All inputs 1, all logits 0, all targets 0: a token adds 15/16 to each element of row 0, -1/16 to the others. One token a chunk."""
+    tokens, vocabulary = 512, 16
+    hidden = torch.ones(tokens, 1, 4, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(vocabulary, 4, dtype=torch.bfloat16, requires_grad=True)
+    targets, weights = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1) if known else None
+    token_log_probs(hidden, weight, targets, 0, TensorParallel(dist.group.WORLD), 1, weights).sum().backward()
+    return weight.grad
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_output_weights_gradient_is_summed_over_chunks_in_float32(known):
+    """In bf16 the sum would stand still at 256, where 15/16 is less than half of its last digit."""
+    (found,) = run_ranks(1, _bf16_weight_gradient, known)
+    expected = torch.full((16, 4), -32.0, dtype=torch.bfloat16)
+    expected[0] = 480.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def _peak_megabytes(chunk_size: int | None, tokens: int, vocabulary: int, known: bool = False) -> float:
     """How far the process's resident memory rises in a forward and backward pass; `known`: the loss's weights are, as in pretraining."""
     tp = TensorParallel(dist.group.WORLD)
