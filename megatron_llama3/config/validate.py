@@ -122,7 +122,8 @@ def _tensor_parallel(config: "RunConfig") -> Iterator[str]:
     size = f"--tensor-model-parallel-size {tp}"
     if parallel.world_size % parallel.model_parallel_size:
         degrees = f"{tp} x {parallel.pipeline_model_parallel_size} x {parallel.context_parallel_size}"
-        yield f"world size {parallel.world_size} is not divisible by TP x PP x CP = {degrees} = {parallel.model_parallel_size}"
+        advice = ": a dry run needs --world-size, a run its launcher" if parallel.world_size == 1 else ""
+        yield f"world size {parallel.world_size} is not divisible by TP x PP x CP = {degrees} = {parallel.model_parallel_size}{advice}"
     if model.num_attention_heads % tp:
         yield f"--num-attention-heads {model.num_attention_heads} is not divisible by {size}"
     if model.num_query_groups % tp and tp % model.num_query_groups:
@@ -312,7 +313,10 @@ def _samples(config: "RunConfig") -> Iterator[str]:
         steps = schedules.iterations_of(config, training.train_samples)
     except (UserError, ZeroDivisionError):
         return  # what is wrong with the schedule or the batch has its own line
-    if training.train_iters != steps:
+    if steps == 0:
+        first = schedules.phases(config)[0].global_batch_size
+        yield f"--train-samples {training.train_samples} are less than the first step's {first} sequences"
+    elif training.train_iters != steps:
         yield f"--train-iters {training.train_iters} and --train-samples {training.train_samples}, which are {steps} steps: give one"
     decay = optimizer.lr_decay_samples or training.train_samples
     if optimizer.lr_decay_style != "constant" and optimizer.lr_warmup_samples >= decay:
@@ -351,7 +355,7 @@ def _logging(config: "RunConfig") -> Iterator[str]:
 def missing_inputs(config: "RunConfig") -> Iterator[str]:
     """What a run needs beyond numbers: steps to do, and data files that are there."""
     data = config.data
-    if config.training.train_iters == 0:
+    if config.training.train_iters == 0 and config.training.train_samples is None:
         yield "--train-iters 0: give the number of optimizer steps"
     if data.data_path and (data.train_data_path or data.valid_data_path):
         yield "--data-path cannot be combined with --train-data-path or --valid-data-path: give one or the other"

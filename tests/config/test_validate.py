@@ -28,6 +28,8 @@ REFUSED = [
     ("--world-size 8 --tensor-model-parallel-size 8 --vocab-size 9", ["--vocab-size 9", "size 8"]),
     ("--lr-warmup-samples 8", ["--lr-warmup-samples 8", "--train-samples"]),
     ("--train-samples 80 --lr-warmup-iters 8", ["--lr-warmup-iters 8", "--train-samples", "--lr-warmup-samples"]),
+    ("--train-samples 5 --global-batch-size 8", ["--train-samples 5", "the first step's 8"]),
+    ("--tensor-model-parallel-size 2 --world-size 1", ["world size 1", "--world-size"]),
     ("--train-samples 80 --train-iters 8", ["--train-iters 8", "--train-samples 80", "80 steps"]),
     ("--train-samples 80 --lr-warmup-samples 80", ["--lr-warmup-samples 80", "80"]),
     ("--lr-decay-style WSD --train-iters 9", ["--lr-decay-style WSD", "--lr-wsd-decay-iters"]),
