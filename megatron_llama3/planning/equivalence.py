@@ -1,4 +1,5 @@
-"""Trains a small model under a layout on forked gloo ranks and under one process, and compares every number (the project's contract).
+"""Trains a small model under a layout on forked gloo ranks, under one process and by the plain reference, and compares every number (the
+project's contract).
 
 Bounds: losses over 20 steps within 1e-6 and first gradients within 1e-5 of their tensor's norm in fp32; 1e-10 in fp64, weights after
 the steps within 1e-8. In bf16 the error against fp32 is at most twice that of one bf16 process.
@@ -6,18 +7,18 @@ the steps within 1e-8. In bf16 the error against fp32 is at most twice that of o
 
 import math
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_llama3.config.run import RunConfig
-from megatron_llama3.data.loader import Batch, merge_batches
 from megatron_llama3.parallel.groups import initialize_groups
 from megatron_llama3.parallel.tensor_parallel import local_part
 from megatron_llama3.planning.local_ranks import run_ranks
+from megatron_llama3.planning.reference import Sequence, Settings, Trainer
+from megatron_llama3.planning.synthetic_batch import synthetic_batch
 from megatron_llama3.training.build import build_engine
 from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.objectives import NextToken
@@ -134,6 +135,32 @@ def train_rank(config: RunConfig, steps: int, trainable, before) -> Trace:
     return Trace(losses, norms, _kept(gradients, engine), _kept(weights, engine))
 
 
+def train_reference(config: RunConfig, steps: int) -> Trace:
+    """What the plain reference leaves of the same run, in float64 whatever `config` computes in; every weight is trained."""
+    (trace,) = run_ranks(1, _train_reference, config, steps)
+    return trace
+
+
+def _train_reference(config: RunConfig, steps: int) -> Trace:
+    trainer = Trainer(_settings_of(config))
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        batch = synthetic_batch(config, step, 0, 1)
+        arrays = (batch.tokens, batch.targets, batch.loss_mask, batch.document_ids, batch.position_ids)
+        loss, norm, _ = trainer.step([Sequence(*rows) for rows in zip(*(a.reshape(-1, config.data.seq_length) for a in arrays))])
+        losses.append(loss)
+        norms.append(norm)
+        gradients = gradients or trainer.gradients
+    return Trace(losses, norms, gradients, trainer.weights)
+
+
+def _settings_of(config: RunConfig) -> Settings:
+    """By the names of the flags; the rate is the peak rate in every step, as in `train_rank`."""
+    flags = vars(config.model) | vars(config.data) | vars(config.optimizer) | vars(config.training)
+    flags |= {"kv_channels": config.model.head_dim, "min_lr": config.optimizer.lr, "lr_warmup_iters": 0, "lr_decay_iters": 1}
+    return Settings(**{field.name: flags[field.name] for field in fields(Settings)})
+
+
 def _kept(tensors: dict[str, Tensor], engine: Engine) -> dict[str, Tensor]:
     """Of the DP and CP ranks the first hands in its tensors; of the TP ranks the first, and the others what they hold a copy of."""
     at = engine.groups.at
@@ -150,31 +177,3 @@ def whole_gradients(engine: Engine) -> dict[str, Tensor]:
 
 def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else local_part(tensor)).detach().clone()
-
-
-def synthetic_batch(config: RunConfig, step: int, dp_rank: int, dp_size: int) -> Batch:
-    """This rank's part of a global batch that depends on (seed, step) alone: packed documents of random lengths, targets that do not
-    count at borders and at random, more of them the later the sequence, none at all in the last one, and every fourth step only those of
-    the first, so that all DP ranks but one have nothing to learn from."""
-    rng = np.random.default_rng([config.training.seed, step])
-    g, b, s = config.training.global_batch_size, config.training.micro_batch_size, config.data.seq_length
-    stream = rng.integers(0, config.model.vocab_size, (g, s + 1))
-    new_document = rng.random((g, s)) < 4 / s
-    new_document[:, 0] = False
-    document_ids = new_document.cumsum(1).astype(np.int32)
-    position_ids = np.broadcast_to(np.arange(s), (g, s))
-    if config.data.reset_position_ids:
-        position_ids = position_ids - np.maximum.accumulate(np.where(new_document, position_ids, 0), axis=1)
-    mask = rng.random((g, s)) > np.linspace(0, 0.7, g)[:, None]
-    if not config.data.loss_across_documents:
-        mask[:, :-1] &= ~new_document[:, 1:]
-    if g > 1:
-        mask[1 if step % 4 == 1 else -1 :] = False
-    arrays = Batch(
-        tokens=stream[:, :-1],
-        targets=stream[:, 1:],
-        loss_mask=mask,
-        document_ids=document_ids,
-        position_ids=position_ids,
-    )
-    return merge_batches([arrays], lambda one: one[0].reshape(g // (b * dp_size), dp_size, b, s)[:, dp_rank])

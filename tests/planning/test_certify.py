@@ -1,15 +1,25 @@
 """Shrinking a run's layout for its certificate: what is kept, what is split into several trials, what is called PARTIAL."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.parallel import layers_of_chunks
 from megatron_llama3.model.sharding import WeightSpec
+from megatron_llama3.parallel import context_parallel
 from megatron_llama3.planning import certify as module
-from megatron_llama3.planning.certify import Certificate, Result, as_markdown, certify, make_trials, run_trial
-from megatron_llama3.planning.equivalence import Trace, synthetic_batch
+from megatron_llama3.planning import trials as trials_module
+from megatron_llama3.planning.certify import Certificate, Result, as_markdown, certify, run_trial
+from megatron_llama3.planning.coverage import features_of
+from megatron_llama3.planning.equivalence import Trace
 from megatron_llama3.planning.local_ranks import RankFailedError
+from megatron_llama3.planning.synthetic_batch import synthetic_batch
+from megatron_llama3.planning.trials import make_trials
+from tests.planning.faults import FAULTS, patch
+from tests.training.step_faults import STEP_FAULTS
 
 THE_405B = (
     "--model-name llama3-405b --world-size 16384 --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --sequence-parallel "
@@ -23,8 +33,9 @@ def config(flags: str, *more: str):
 
 
 def test_the_405b_keeps_every_axis_its_chunks_and_its_empty_stages():
-    (trial,) = make_trials(config(THE_405B))
+    trial, whole_tp = make_trials(config(THE_405B))
     assert trial.axes == {"tp": 2, "cp": 1, "pp": 2, "dp": 2}
+    assert whole_tp.axes == {"tp": 8, "cp": 1, "pp": 1, "dp": 1}
     assert lengths(trial) == [0] + [1] * 14 + [0]
     assert trial.config.parallel.sequence_parallel
     assert trial.config.model.num_query_groups == 2, "one KV head a TP rank, as 8 of 8"
@@ -32,7 +43,7 @@ def test_the_405b_keeps_every_axis_its_chunks_and_its_empty_stages():
 
 
 def test_a_phase_of_the_ramp_with_few_micro_batches_takes_no_axis_from_the_others():
-    last, first = make_trials(config(THE_405B.replace("--global-batch-size 2048", ""), "--step-batch-size-schedule", "0:1024 252M:2048"))
+    last, _, first = make_trials(config(THE_405B.replace("--global-batch-size 2048", ""), "--step-batch-size-schedule", "0:1024 252M:2048"))
     assert last.axes == {"tp": 2, "cp": 1, "pp": 2, "dp": 2}
     assert (first.axes["pp"], first.microbatches) == (3, 2)
 
@@ -40,7 +51,8 @@ def test_a_phase_of_the_ramp_with_few_micro_batches_takes_no_axis_from_the_other
 @pytest.fixture
 def untrained(monkeypatch):
     """Trials are made but not run."""
-    monkeypatch.setattr(module, "run_trial", lambda trial, dtype: Result(trial, dtype, {"loss": 0.0}, {"loss": 0.0}))
+    monkeypatch.setattr(module, "train_reference", lambda config, steps: None)
+    monkeypatch.setattr(module, "run_trial", lambda trial, dtype, plain: Result(trial, dtype, {"loss": 0.0}, {"loss": 0.0}))
     monkeypatch.setattr(module, "type_errors", lambda trial: [])
 
 
@@ -53,11 +65,15 @@ def test_four_axes_are_tried_by_threes_and_that_is_said():
     flags = THE_405B.replace("2048", "128") + " --context-parallel-size 16"
     trials = make_trials(config(flags))
     assert [sorted(a for a, n in t.axes.items() if n > 1) for t in trials] == [
-        ["cp", "pp", "tp"], ["cp", "dp", "tp"], ["dp", "pp", "tp"], ["cp", "dp", "pp"]
+        ["cp", "pp", "tp"], ["cp", "dp", "tp"], ["dp", "pp", "tp"], ["cp", "dp", "pp"], ["tp"], ["dp"]
     ]  # fmt: skip
     certificate = certify(config(flags))
     assert certificate.verdict == "PARTIAL"
-    assert certificate.not_exercised[0] == "TP 2 x CP 2 x PP 2 x DP 2 together: 16 processes, where a trial has at most 8"
+    assert certificate.not_exercised[:3] == [
+        "CP 16 (tried: 2)",
+        "PP 16 (tried: 2)",
+        "TP 8 x CP 2 x PP 2 x DP 8 together: 256 processes, where a trial has at most 8",
+    ]
     assert "PARTIAL" in as_markdown(certificate, flags.split()).splitlines()[0]
 
 
@@ -71,6 +87,7 @@ def test_axes_too_large_together_are_listed_with_their_product():
         ["cp", "dp", "pp"], ["cp", "tp"], ["pp", "tp"], ["dp", "tp"]
     ]  # fmt: skip
     assert [text.split(",")[0] for text in certificate.not_exercised] == [
+        "TP 32 (tried: 4)",
         "TP 4 x CP 2 x PP 2 together: 16 processes",
         "TP 4 x CP 2 x DP 2 together: 16 processes",
         "TP 4 x PP 2 x DP 2 together: 16 processes",
@@ -86,7 +103,7 @@ EMPTY = "stages that hold only the embedding or only the output"
 def test_empty_stages_without_virtual_stages_stay_empty():
     run = config(f"--world-size 4 --pipeline-model-parallel-size 4 --num-layers 2 {ACCOUNTED}", "--global-batch-size", "8")
     (trial,) = make_trials(run)
-    assert lengths(trial) == [0, 1, 0]
+    assert lengths(trial) == [0, 1, 1, 0]
     certificate = certify(run)
     assert EMPTY in certificate.exercised
     assert certificate.verdict == "PASSED"
@@ -94,17 +111,19 @@ def test_empty_stages_without_virtual_stages_stay_empty():
 
 @pytest.mark.usefixtures("untrained")
 def test_what_no_trial_has_is_not_called_exercised(monkeypatch):
-    monkeypatch.setattr(module, "_small_pp", lambda config, microbatch_class: 2)
-    run = config(f"--world-size 4 --pipeline-model-parallel-size 4 --num-layers 2 {ACCOUNTED}", "--global-batch-size", "3")
+    monkeypatch.setattr(trials_module, "_small_pp", lambda config, microbatch_class: 2)
+    run = config(f"--world-size 16 --pipeline-model-parallel-size 16 --num-layers 14 {ACCOUNTED}", "--global-batch-size", "3")
     certificate = certify(run)
-    assert certificate.not_exercised == ["M < PP", EMPTY, "chunks of different length"]
+    assert certificate.not_exercised == ["PP 16 (tried: 2)", "M < PP", EMPTY, "chunks of different length"]
     assert not set(certificate.not_exercised) & set(certificate.exercised)
     assert certificate.verdict == "PARTIAL"
 
 
 def test_m_below_pp_stays_above_1():
-    (trial,) = make_trials(config("--world-size 8 --pipeline-model-parallel-size 8 --num-layers 8 --global-batch-size 4"))
-    assert (trial.axes["pp"], trial.microbatches) == (3, 2)
+    for stages, expected in ((16, (3, 2)), (8, (8, 7))):
+        size = f"--world-size {stages} --pipeline-model-parallel-size {stages} --num-layers {stages}"
+        (trial,) = make_trials(config(f"{size} --global-batch-size 4"))
+        assert (trial.axes["pp"], trial.microbatches) == expected
 
 
 def test_the_last_of_two_ranks_stays_uneven():
@@ -143,7 +162,7 @@ def test_loss_across_documents_is_tried():
     across, within = (synthetic_batch(t.config, 0, 0, 1) for t in (trial, within))
     assert (across.loss_mask & ~within.loss_mask).any()
     assert (across.document_ids == within.document_ids).all()
-    assert "loss across documents" in module._features(trial.config)
+    assert "loss across documents" in features_of(trial.config)
 
 
 def test_copies_that_differ_fail_in_bf16_too(monkeypatch):
@@ -153,7 +172,7 @@ def test_copies_that_differ_fail_in_bf16_too(monkeypatch):
         return Trace([1.0], [1.0], {"w": torch.ones(2)}, {"w": torch.ones(2)}, copies=1e-3 * (config.parallel.world_size > 1))
 
     monkeypatch.setattr(module, "train_under", trace)
-    result = run_trial(trial, "bf16")
+    result = run_trial(trial, "bf16", trace(trial.config, 1))
     assert not result.passed
     assert result.values["copies"] > result.bounds["copies"] == 0
 
@@ -165,10 +184,10 @@ def test_kv_heads_shared_by_ranks_stay_shared():
 
 
 def test_uneven_stages_n_and_the_batch_ramp():
-    flags = "--num-layers 28 --world-size 8 --pipeline-model-parallel-size 8 --decoder-first-pipeline-num-layers 2 "
+    flags = "--num-layers 60 --world-size 16 --pipeline-model-parallel-size 16 --decoder-first-pipeline-num-layers 2 "
     flags += "--decoder-last-pipeline-num-layers 2 --num-virtual-stages-per-pipeline-rank 2 --microbatch-group-size-per-vp-stage 5"
-    trials = make_trials(config(flags, "--step-batch-size-schedule", "0:4 1M:12"))
-    assert [t.microbatches for t in trials] == [7, 2], "12 of 8 ranks: no multiple; 4: below PP"
+    trials = make_trials(config(flags, "--step-batch-size-schedule", "0:4 1M:20"))
+    assert [t.microbatches for t in trials] == [7, 2], "20 over 16 ranks: no multiple; 4: below PP"
     for trial in trials:
         assert lengths(trial) == [1, 2, 1, 1, 2, 1]
         assert trial.config.parallel.microbatch_group_size_per_vp_stage == 2
@@ -183,7 +202,7 @@ def test_a_broken_number_fails_and_an_infinite_one_too():
 
 
 def test_a_trial_that_fails_leaves_the_others_their_place(monkeypatch):
-    def fail(trial, dtype):
+    def fail(trial, dtype, plain):
         raise RankFailedError("rank 0:\nRuntimeError: no memory")
 
     said = []
@@ -217,10 +236,82 @@ def test_the_types_of_a_trial(monkeypatch):
     assert "SpmdTypeError: Invariant type on axis" in error
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--context-parallel-size 4", [(1, 4, 1, 1)]),
+        ("--context-parallel-size 4 --pipeline-model-parallel-size 2", [(1, 4, 2, 1)]),
+        ("--context-parallel-size 4 --tensor-model-parallel-size 4", [(4, 2, 1, 1), (2, 4, 1, 1)]),
+        ("--context-parallel-size 4 --world-size 8", [(1, 4, 1, 2)]),
+        ("--context-parallel-size 3 --pipeline-model-parallel-size 4 --seq-length 1008", [(1, 3, 2, 1), (1, 2, 4, 1)]),
+        ("--tensor-model-parallel-size 8 --num-query-groups 8 --pipeline-model-parallel-size 16", [(2, 1, 2, 1), (8, 1, 1, 1)]),
+    ],
+)
+def test_an_axis_that_fits_is_not_shrunk(flags, expected):
+    """Sizes of TP, CP, PP and DP; each that fits on 8 processes is there whole."""
+    sizes = [int(n) for n in flags.split() if n.isdigit() and int(n) < 100]
+    world = "" if "world" in flags else f" --world-size {math.prod(sizes) // (8 if 'groups' in flags else 1)}"
+    run = config(f"--num-layers 16 {flags}{world} --global-batch-size 16")
+    assert [tuple(t.axes.values()) for t in make_trials(run)] == expected
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_shrunk_axis_makes_it_partial():
+    whole = certify(config("--world-size 8 --tensor-model-parallel-size 4 --global-batch-size 2"))
+    assert whole.exercised[:2] == ["TP 4", "DP 2"]
+    assert whole.verdict == "PASSED"
+    shrunk = certify(config("--world-size 48 --tensor-model-parallel-size 4 --global-batch-size 12"))
+    assert shrunk.not_exercised == ["DP 12 (tried: 2)"]
+    assert shrunk.verdict == "PARTIAL"
+    apart = certify(config("--world-size 16 --tensor-model-parallel-size 4 --global-batch-size 4"))
+    assert [tuple(r.trial.axes.values()) for r in apart.results[::2]] == [(4, 1, 1, 2), (2, 1, 1, 4)]
+    assert apart.not_exercised == ["TP 4 x DP 4 together: 16 processes, where a trial has at most 8"]
+
+
+@pytest.mark.parametrize("cp", [2, 3, 4])
+@pytest.mark.parametrize(("sequences", "steps"), [(6, 2), (1, module.STEPS), (4, module.STEPS)])
+def test_documents_begin_on_before_and_after_the_borders_of_chunks(cp, sequences, steps):
+    """The matrix's batches and those of certificates, small and large."""
+    run = config(f"--seq-length 48 --global-batch-size {sequences}")
+    found = set()
+    for step in range(steps):
+        ids = synthetic_batch(run, step, 0, 1).document_ids.reshape(sequences, 48)
+        begins = np.nonzero(np.diff(ids))[1] + 1
+        found |= {shift for shift in (-1, 0, 1) for at in begins if (at - shift) % (48 // (2 * cp)) == 0}
+    assert found == {-1, 0, 1}
+
+
+@pytest.mark.slow
+def test_a_fault_from_cp_4_on_fails_a_run_of_cp_4(monkeypatch):
+    """At CP 2 it changes nothing, and so a certificate that shrank CP passed it."""
+
+    def plant():
+        patch(context_parallel, "_order", lambda original, size, *args, **kw: original(size, *args, **kw).roll(int(size >= 4)))
+
+    monkeypatch.setattr(module, "STEPS", 2)
+    run = config("--world-size 4 --context-parallel-size 4 --num-layers 2")
+    assert certify(run).verdict == "PASSED"
+    original = module.train_under
+    monkeypatch.setattr(module, "train_under", lambda c, steps: original(c, steps, before=plant))
+    assert certify(run).verdict == "FAILED"
+
+
+@pytest.mark.slow
+def test_a_fault_that_one_process_has_too_shows_against_the_reference(monkeypatch):
+    monkeypatch.setattr(module, "STEPS", 2)
+    original = module.train_under
+    plant = STEP_FAULTS["loss and gradients halved"]
+    monkeypatch.setattr(module, "train_under", lambda c, steps: original(c, steps, before=plant))
+    certificate = certify(config("--world-size 2 --num-layers 2"))
+    assert certificate.verdict == "FAILED"
+    for result in certificate.results:
+        broken = {kind for kind, bound in result.bounds.items() if result.values[kind] > bound}
+        assert broken
+        assert all("reference" in kind for kind in broken)
+
+
 @pytest.mark.slow
 def test_a_real_layout_passes_and_a_planted_fault_fails(monkeypatch):
-    from tests.planning.faults import FAULTS
-
     monkeypatch.setattr(module, "STEPS", 2)
     run = config("--world-size 2 --tensor-model-parallel-size 2 --sequence-parallel --num-layers 2")
     assert certify(run).verdict == "PASSED"

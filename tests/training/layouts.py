@@ -18,7 +18,7 @@ Row = dict[str, object]
 AXES: dict[str, tuple] = {
     "tp": (1, 2, 3, 4),
     "sp": (False, True),
-    "cp": (1, 2),
+    "cp": (1, 2, 3, 4),
     "pp": (1, 2, 3, 4),
     "dp": (1, 2, 3),
     "schedule": ("1f1b", "zero-bubble"),

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.parallel.groups import initialize_groups
-from megatron_llama3.planning.equivalence import synthetic_batch
 from megatron_llama3.planning.local_ranks import run_ranks
+from megatron_llama3.planning.synthetic_batch import synthetic_batch
 from megatron_llama3.training.build import build_engine
 from megatron_llama3.training.objectives import NextToken
 from tests.training.layouts import config_of

@@ -12,8 +12,9 @@ pytest.importorskip("megatron_llama3.training.deepspeed_engine")  # before ranks
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.parallel.groups import initialize_groups
 from megatron_llama3.parallel.tensor_parallel import local_part
-from megatron_llama3.planning.equivalence import Trace, compare, one_process, synthetic_batch, train_under
+from megatron_llama3.planning.equivalence import Trace, compare, one_process, train_under
 from megatron_llama3.planning.local_ranks import RankFailedError, run_ranks
+from megatron_llama3.planning.synthetic_batch import synthetic_batch
 from megatron_llama3.training.build import build_engine
 from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.objectives import NextToken

@@ -66,6 +66,11 @@ def test_the_matrix_is_large_and_has_every_pair_that_matters():
     for tp in AXES["tp"]:
         for other, value in (("pp", 2), ("cp", 2), ("dp", 2), ("tied", True), ("frozen", True), ("schedule", "zero-bubble")):
             assert (("tp", tp), (other, value)) in covered
+    for pp, cp in ((2, 2), (2, 3), (2, 4), (3, 2), (4, 2)):
+        assert (("cp", cp), ("pp", pp)) in covered
+    for cp in (3, 4):
+        for other, value in (("tp", 2), ("sp", True), ("dp", 2), ("schedule", "zero-bubble"), ("micro_batch", 2), ("positions", "reset")):
+            assert covered & {(("cp", cp), (other, value)), ((other, value), ("cp", cp))}
     for pp in (2, 3, 4):
         for schedule in AXES["schedule"]:
             assert (("pp", pp), ("schedule", schedule)) in covered
