@@ -11,14 +11,16 @@ RANKS = 3
 
 
 def inputs(length: int) -> list[torch.Tensor]:
+    """[length, 2, 4], not contiguous: what a collective copies must not be returned as it came."""
     generator = torch.Generator().manual_seed(length)
-    return [torch.randn(length, 2, 4, dtype=torch.float64, generator=generator) for _ in range(RANKS)]
+    return [torch.randn(2, length, 4, dtype=torch.float64, generator=generator).transpose(0, 1) for _ in range(RANKS)]
 
 
 def _run(function, length: int, grad_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's output, and the gradient of its input for this rank's own random gradient of the output."""
     rank = dist.get_rank()
     x = inputs(length)[rank].requires_grad_()
+    assert not x.is_contiguous()
     y = function(x, dist.group.WORLD)
     y.backward(inputs(grad_length + 100)[rank][:grad_length])
     return y.detach(), x.grad

@@ -49,6 +49,16 @@ def _drop_backward_all_reduce() -> None:
     collectives._CopyToGroup.backward = staticmethod(lambda ctx, grad: (grad, None))
 
 
+def _return_non_contiguous_input_unreduced() -> None:
+    """What is summed is a contiguous copy, and what comes back is the input, which arrives here as a batch-first layer would leave it."""
+
+    def unreduced(original, x: Tensor, group) -> Tensor:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        return original(x, group) if x.is_contiguous() else x.contiguous()
+
+    patch(collectives, "all_reduce", unreduced)
+
+
 def _leave_gradients_unsummed(over: PartialOver) -> None:
     patch(WeightSpec, "gradient_is_partial", lambda original, spec, *args: spec.partial_over is not over and original(spec, *args))
 
@@ -117,18 +127,41 @@ def _normalise_per_cp_shard() -> None:
     patch(Engine, "_global_count", count)
 
 
+def _lose_last_token_of_cp_shard() -> None:
+    """As if labels were made by shifting each rank's own tokens: the last has no successor there."""
+
+    def lost(batch, groups, made: list) -> list:
+        if groups.topology.cp > 1:
+            for m in made:
+                m.loss_mask[-1] = m.inputs.loss_weights[-1] = 0
+        return made
+
+    _patch_microbatches(lost)
+
+
+# --- the mean over tokens ---
+
+
 def _normalise_per_microbatch() -> None:
-    """The mean over micro-batches and ranks of each micro-batch's own mean."""
+    """On each rank the mean of its micro-batches' own means, in place of the mean over their tokens."""
 
     def normalised(batch, groups, made: list) -> list:
-        total = torch.tensor(float(batch.loss_mask.sum()))
-        torch.distributed.all_reduce(total, group=groups.dp)
         counts = [max(1, int(mask.sum())) for mask in batch.loss_mask]
-        if len(made) * groups.topology.dp == 1:
+        if len(made) == 1:
             return made
-        return [m._replace(loss_mask=m.loss_mask * (float(total) / (len(made) * groups.topology.dp * c))) for m, c in zip(made, counts)]
+        return [m._replace(loss_mask=m.loss_mask * (float(batch.loss_mask.sum()) / (len(made) * c))) for m, c in zip(made, counts)]
 
     _patch_microbatches(normalised)
+
+
+def _normalise_per_rank() -> None:
+    """The mean over data-parallel ranks of each rank's own mean."""
+
+    def count(original, self: Engine, batch) -> int:
+        original(self, batch)
+        return max(1, int(batch.loss_mask.sum())) * self.groups.topology.dp
+
+    patch(Engine, "_global_token_count", count)
 
 
 # --- the rest ---
@@ -199,6 +232,10 @@ def _cp(config: RunConfig) -> int:
 FAULTS: dict[str, Fault] = {
     "forward all-reduce dropped": Fault(_drop_forward_all_reduce, lambda c: _tp(c) > 1 and not c.parallel.sequence_parallel),
     "backward all-reduce dropped": Fault(_drop_backward_all_reduce, lambda c: _tp(c) > 1 and not c.parallel.sequence_parallel),
+    "all-reduce returns a non-contiguous input unreduced": Fault(
+        _return_non_contiguous_input_unreduced,
+        lambda c: _tp(c) > 1 and not c.parallel.sequence_parallel and c.training.micro_batch_size > 1,
+    ),
     "norm gradients unsummed": Fault(_leave_norm_gradients_unsummed, lambda c: c.parallel.sequence_parallel),
     "replicated KV gradients unsummed": Fault(_leave_replicated_kv_gradients_unsummed, lambda c: _tp(c) > c.model.num_query_groups),
     "replicated weights counted TP times in the norm": Fault(_count_replicas_in_norm, lambda c: _tp(c) > 1),
@@ -206,9 +243,9 @@ FAULTS: dict[str, Fault] = {
     "mask shifted across a CP chunk": Fault(_shift_mask_across_chunk, lambda c: _cp(c) > 1),
     "RoPE positions unpermuted": Fault(_leave_rope_unpermuted, lambda c: _cp(c) > 1),
     "gradient normalised per CP shard": Fault(_normalise_per_cp_shard, lambda c: _cp(c) > 1),
-    "gradient normalised per micro-batch": Fault(
-        _normalise_per_microbatch, lambda c: _microbatches(c) > 1 or c.parallel.data_parallel_size > 1
-    ),
+    "shifted labels lose a CP shard's last token": Fault(_lose_last_token_of_cp_shard, lambda c: _cp(c) > 1),
+    "token mean per micro-batch": Fault(_normalise_per_microbatch, lambda c: _microbatches(c) > 1),
+    "token mean per rank": Fault(_normalise_per_rank, lambda c: c.parallel.data_parallel_size > 1),
     "one tied copy unsynced": Fault(
         _leave_one_tied_copy_unsynced,
         lambda c: not c.model.untie_embeddings_and_output_weights and c.parallel.pipeline_model_parallel_size > 1,
