@@ -17,7 +17,7 @@ from megatron_llama3.config.run import RunConfig
 from megatron_llama3.parallel.groups import initialize_groups
 from megatron_llama3.parallel.tensor_parallel import local_part
 from megatron_llama3.planning.local_ranks import run_ranks
-from megatron_llama3.planning.reference import Sequence, Settings, Trainer
+from megatron_llama3.planning.plain_training import Sequence, Settings, Trainer
 from megatron_llama3.planning.synthetic_batch import synthetic_batch
 from megatron_llama3.training.build import build_engine
 from megatron_llama3.training.engine import Engine

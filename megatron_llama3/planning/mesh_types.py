@@ -39,8 +39,8 @@ from megatron_llama3.model.rope import rotary_table
 from megatron_llama3.parallel import collectives
 from megatron_llama3.parallel.groups import ParallelGroups, initialize_groups
 from megatron_llama3.parallel.tensor_parallel import TensorParallel
-from megatron_llama3.planning.equivalence import synthetic_batch
 from megatron_llama3.planning.local_ranks import run_ranks
+from megatron_llama3.planning.synthetic_batch import synthetic_batch
 from megatron_llama3.training.engine import Trainable
 from megatron_llama3.training.microbatch import Microbatch, make_microbatches
 from megatron_llama3.training.objectives import NextToken

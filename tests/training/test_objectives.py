@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from megatron_llama3.parallel.groups import initialize_groups
-from megatron_llama3.planning.equivalence import synthetic_batch
 from megatron_llama3.planning.local_ranks import run_ranks
+from megatron_llama3.planning.synthetic_batch import synthetic_batch
 from megatron_llama3.training.build import build_engine
 from megatron_llama3.training.microbatch import Microbatch
 from megatron_llama3.training.objectives import NextToken

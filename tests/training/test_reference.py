@@ -16,11 +16,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
-from megatron_llama3.planning import reference
+from megatron_llama3.planning import plain_training
 from megatron_llama3.planning.local_ranks import run_ranks
-from megatron_llama3.planning.reference import Corpus, Settings, Trainer, batches
-from megatron_llama3.recipes import pretrain
+from megatron_llama3.planning.plain_training import Corpus, Settings, Trainer, batches
+from megatron_llama3.recipes.pretrain import pretrain
 from tests.training.step_faults import STEP_FAULTS, plant_all, start_cpu_adam_at_step_1
 
 STEPS = 10
@@ -121,7 +122,7 @@ def run_command_line(settings: Settings, data: list[str], folder: Path, layout: 
     run_ranks(ranks, _rank, [*flags_of(settings, data), *layout.split(), "--save", str(folder)], before)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [r for r in records if "loss" in r]
-    shapes = {name: tuple(w.shape) for name, w in reference.initial_weights(settings).items()}
+    shapes = {name: tuple(w.shape) for name, w in plain_training.initial_weights(settings).items()}
     dtype = torch.float64 if "--fp64" in layout else torch.float32
     tensors = {f"{kind}.{name}": torch.empty(shape, dtype=dtype) for kind in ("model", *MOMENTS) for name, shape in shapes.items()}
     with warnings.catch_warnings(action="ignore"):  # that there is one process
@@ -131,8 +132,7 @@ def run_command_line(settings: Settings, data: list[str], folder: Path, layout: 
 
 def _rank(flags: list[str], before) -> None:
     before()
-    sys.argv = ["pretrain", *flags]
-    assert pretrain.main() == 0
+    assert pretrain(parse_run_config(flags)) == 0
 
 
 def deviations(found: Run, expected: Run) -> dict[str, float]:
@@ -183,6 +183,7 @@ LAYOUTS = {
     "one process fp32": ("", 1),
     "tp pp fp64": ("--fp64 --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2", 4),
     "cp dp fp32": ("--context-parallel-size 2", 4),
+    "cp fp64": ("--fp64 --context-parallel-size 4", 4),
     "zero 1": ("--engine deepspeed", 1),
     "zero 1 dp": ("--engine deepspeed", 2),
     "zero 1 offload": (OFFLOAD, 1),
@@ -249,7 +250,7 @@ def test_cpu_adam_that_starts_at_step_1_shows(data, expected, tmp_path):
 
 
 def test_the_reference_imports_nothing_of_the_package():
-    tree = ast.parse(Path(reference.__file__).read_text())
+    tree = ast.parse(Path(plain_training.__file__).read_text())
     imported = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     imported += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     standard = sys.stdlib_module_names | {"numpy", "torch"}
