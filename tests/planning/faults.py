@@ -133,7 +133,7 @@ def _lose_last_token_of_cp_shard() -> None:
     def lost(batch, groups, made: list) -> list:
         if groups.topology.cp > 1:
             for m in made:
-                m.loss_mask[-1] = m.inputs.loss_weights[-1] = 0
+                m.loss_mask[-1] = False
         return made
 
     _patch_microbatches(lost)
@@ -157,11 +157,11 @@ def _normalise_per_microbatch() -> None:
 def _normalise_per_rank() -> None:
     """The mean over data-parallel ranks of each rank's own mean."""
 
-    def count(original, self: Engine, batch) -> int:
-        original(self, batch)
-        return max(1, int(batch.loss_mask.sum())) * self.groups.topology.dp
+    def count(original, self: Engine, batch, objective) -> int:
+        original(self, batch, objective)
+        return max(1, objective.count(batch)) * self.groups.topology.dp
 
-    patch(Engine, "_global_token_count", count)
+    patch(Engine, "_global_count", count)
 
 
 # --- the rest ---
