@@ -73,7 +73,10 @@ class MetricsLogger:
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
+            import wandb
+
             self.wandb.finish()
+            wandb.teardown()  # waits for its own process, which may not have written the run's file yet
         if self.tensorboard is not None:
             self.tensorboard.close()
 

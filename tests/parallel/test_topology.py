@@ -23,6 +23,11 @@ def test_rank_and_coordinates_are_inverse(sizes):
     assert sorted(map(topology.rank, every)) == list(range(topology.world_size))
 
 
+def test_one_process_is_the_default():
+    assert Topology() == Topology(1, 1, 1, 1)
+    assert Topology().world_size == 1
+
+
 def test_tp_is_innermost_and_dp_outermost():
     """The paper's figure 5: with all sizes 2, ranks 0 and 1 share TP, 0 and 2 CP, 0 and 4 PP, 0 and 8 DP."""
     topology = Topology(2, 2, 2, 2)
