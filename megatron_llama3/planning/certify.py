@@ -15,6 +15,9 @@ from megatron_llama3.planning.local_ranks import RankFailedError
 from megatron_llama3.planning.trials import Trial, describe, make_trials
 
 STEPS = 5
+BF16_FACTORS = {"all_gradients": 2.0, "gradient": 2.0, "loss_rms": 5.5}
+"""How many times the error of one bf16 process a layout's may be. Five losses are few: of two runs with the same error, one has twice the
+other's root mean square in 8 of 100 pairs, 5.5 times in 1 of 1,000 (F distribution)."""
 
 
 @dataclass
@@ -84,7 +87,7 @@ def run_trial(trial: Trial, dtype: str, plain: Trace) -> Result:
     found = train_under(config, STEPS)
     if dtype == "bf16":
         ours, theirs = vars(compare(found, plain)), vars(compare(alone, plain))
-        return Result(trial, dtype, ours, {k: 2 * theirs[k] for k in ("loss_rms", "all_gradients", "gradient")} | {"copies": 0.0})
+        return Result(trial, dtype, ours, {kind: times * theirs[kind] for kind, times in BF16_FACTORS.items()} | {"copies": 0.0})
     values, bounds = vars(compare(found, alone)), BOUNDS[dtype]
     against_plain = vars(compare(found, plain))
     values |= {f"{kind} against the reference": against_plain[kind] for kind in bounds if kind != "copies"}
@@ -117,7 +120,7 @@ def as_markdown(certificate: Certificate, flags: list[str]) -> str:
         "",
         f"Each trial trains a small model for {STEPS} steps on forked gloo ranks and compares every number with one process",
         "and with a plain reference of training that shares no code with it.",
-        "In bf16 the bound is twice the error of one bf16 process against the reference.",
+        "In bf16 the bound is twice the error of one bf16 process against the reference, and for the five losses 5.5 times.",
         "",
         "| trial | dtype | quantity | deviation | bound | |",
         "|---|---|---|---|---|---|",
