@@ -25,6 +25,8 @@ class ParallelGroups:
     tp: dist.ProcessGroup
     cp: dist.ProcessGroup
     pp: dist.ProcessGroup
+    pp_gradients: dist.ProcessGroup
+    """The same ranks as `pp` again: a stage's gradients travel beside its activations and neither waits for the other."""
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
     embedding: dist.ProcessGroup | None
@@ -104,6 +106,13 @@ def _this_device() -> torch.device:
     return device
 
 
+def _pipelines_again(topology: Topology, rank: int, timeout: timedelta) -> dist.ProcessGroup:
+    """A second group of this rank's pipeline. Every rank of the job makes those of all pipelines, in the same order."""
+    pipelines = sorted({tuple(topology.group_ranks(r, "pp")) for r in range(topology.world_size)})
+    groups = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in pipelines}
+    return groups[tuple(topology.group_ranks(rank, "pp"))]
+
+
 def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: float) -> ParallelGroups:
     parallel_state = megatron_parallel_state()
     tp, cp, pp = config.tensor_model_parallel_size, config.context_parallel_size, config.pipeline_model_parallel_size
@@ -120,6 +129,7 @@ def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: 
     rank = dist.get_rank()
     cpu_backend = "fake" if dist.get_backend() == "fake" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
     in_embedding_group = topology.coordinates(rank).pp in (0, pp - 1)
     return ParallelGroups(
         topology=topology,
@@ -127,7 +137,8 @@ def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: 
         device=device,
         tp=parallel_state.get_tensor_model_parallel_group(),
         cp=parallel_state.get_context_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
+        pp=pipeline,
+        pp_gradients=_pipelines_again(topology, rank, timeout) if pp > 1 else pipeline,
         dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         embedding=parallel_state.get_embedding_group() if in_embedding_group else None,

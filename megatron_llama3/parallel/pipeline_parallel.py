@@ -4,6 +4,7 @@ The executor knows no model: a chunk is called as `chunk(x, microbatch)`, and `o
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -55,9 +56,11 @@ class _InputGradientOnly(Function):
         return (grad @ ctx.weight if ctx.needs_input_grad[0] else None), None, None
 
 
-class GradientHooks(Protocol):
-    """What a data-parallel engine does around the backward passes of a chunk. `reduces`: what the chunk has accumulated is reduced after
-    this one, the last of a group of micro-batches or of the step. `is_last`: the chunk's last one of this step."""
+class EngineHooks(Protocol):
+    """What a data-parallel engine does around the passes of a chunk. `reduces`: what the chunk has accumulated is reduced after this
+    backward, the last of a group of micro-batches or of the step. `is_last`: the chunk's last one of this step."""
+
+    def gather_ahead(self, chunk: int) -> None: ...
 
     def before_backward(self, chunk: int, reduces: bool, is_last: bool) -> None: ...
 
@@ -65,22 +68,25 @@ class GradientHooks(Protocol):
 
 
 class PipelineExecutor:
-    """One step of one rank. `chunks`: global chunk number -> module. `reduce_every`: micro-batches between two reductions of a chunk's
-    gradients; None for one a step."""
+    """One step of one rank. `chunks`: global chunk number -> module. `lanes`: the pipeline's group for activations ("F") and the one for
+    gradients ("B"). `reduce_every`: micro-batches between two reductions of a chunk's gradients; None for one a step."""
 
     def __init__(
         self,
         actions: list[Action],
         chunks: dict[int, Callable],
         last_chunk: int,
-        group: dist.ProcessGroup,
+        lanes: dict[str, dist.ProcessGroup],
         device: torch.device,
-        hooks: GradientHooks,
+        hooks: EngineHooks,
         deferred: DeferredWeightGradients | None = None,
         reduce_every: int | None = None,
     ):
         self.actions, self.chunks, self.last_chunk = actions, chunks, last_chunk
-        self.group, self.device, self.hooks, self.deferred, self.reduce_every = group, device, hooks, deferred, reduce_every
+        self.lanes, self.device, self.hooks, self.deferred, self.reduce_every = lanes, device, hooks, deferred, reduce_every
+        first_forwards = {a.chunk: a for a in reversed(actions) if a.kind == "F"}
+        in_order = sorted(first_forwards.values(), key=actions.index)
+        self._chunk_after = {first: following.chunk for first, following in pairwise(in_order)}
         self._last_of_chunk = {(a.kind, a.chunk): a for a in actions}
 
     def run(
@@ -97,23 +103,21 @@ class PipelineExecutor:
         self.grads: dict[tuple[int, int], Tensor] = {}
         self.arriving: dict = {}
         self.weight_halves: dict = {}
-        sends = []
+        self.leaving: list[tuple[dist.Work, Tensor]] = []
         for action in self.actions:
-            if action.kind.startswith("SEND"):
-                sends = [*(pair for pair in sends if not pair[0].is_completed()), self._send(action)]
-            else:
-                self._COMMANDS[action.kind](self, action)
-        for work, _tensor in sends:
+            self.leaving = [sent for sent in self.leaving if not sent[0].is_completed()]
+            self._COMMANDS[action.kind](self, action)
+        for work, _tensor in self.leaving:
             work.wait()
 
     def _receive(self, action: Action) -> None:
-        tensor = torch.empty(**self.boundary)
-        self.arriving[action.kind, action.chunk, action.microbatch] = tensor, dist.irecv(tensor, group=self.group, group_src=action.peer)
+        tensor, group = torch.empty(**self.boundary), self.lanes[action.lane]
+        self.arriving[action.kind, action.chunk, action.microbatch] = tensor, dist.irecv(tensor, group=group, group_src=action.peer)
 
-    def _send(self, action: Action):
+    def _send(self, action: Action) -> None:
         store = self.outputs if action.kind == "SEND_F" else self.grads
         tensor = store.pop((action.chunk, action.microbatch))
-        return dist.isend(tensor, group=self.group, group_dst=action.peer), tensor
+        self.leaving.append((dist.isend(tensor, group=self.lanes[action.lane], group_dst=action.peer), tensor))
 
     def _arrived(self, kind: str, action: Action, store: dict, neighbour: int) -> Tensor:
         """The message for this action: received, or handed over by the neighbouring chunk on this rank."""
@@ -131,6 +135,8 @@ class PipelineExecutor:
         if x is not None and torch.is_grad_enabled():
             self.inputs[key] = x.requires_grad_()
         y = self.chunks[action.chunk](x, self.microbatches[action.microbatch])
+        if action in self._chunk_after:  # behind this chunk's own weights, and beside its further forwards
+            self.hooks.gather_ahead(self._chunk_after[action])
         if action.chunk == self.last_chunk:
             y = self.on_loss(y, action.microbatch)
         else:
@@ -162,4 +168,13 @@ class PipelineExecutor:
         ends_group = self.reduce_every is not None and (action.microbatch + 1) % self.reduce_every == 0
         return is_last or ends_group, is_last
 
-    _COMMANDS = {"F": _forward, "B": _backward, "I": _backward, "W": _weight_half, "RECV_F": _receive, "RECV_B": _receive}
+    _COMMANDS = {
+        "F": _forward,
+        "B": _backward,
+        "I": _backward,
+        "W": _weight_half,
+        "RECV_F": _receive,
+        "RECV_B": _receive,
+        "SEND_F": _send,
+        "SEND_B": _send,
+    }

@@ -19,6 +19,15 @@ class Action(NamedTuple):
     microbatch: int
     peer: int | None = None
 
+    @property
+    def is_message(self) -> bool:
+        return self.peer is not None
+
+    @property
+    def lane(self) -> str:
+        """Of a message: "F" for an activation, "B" for a gradient. Each lane has a group of its own, and keeps its own order."""
+        return self.kind[-1]
+
     def __str__(self) -> str:
         return f"{self.kind}{self.chunk}.{self.microbatch}"
 
@@ -105,9 +114,11 @@ class _Rank:
 
 
 def with_communication(timeline: list[list[Timed]], chunks: int) -> list[list[Action]]:
-    """Each rank's actions with its sends and receives, both placed where the message is ready.
+    """Each rank's actions with its sends, placed where the message is ready, and its receives, placed one computation before that.
 
-    Every rank's list is a part of one order over all events, so sends and receives of any two ranks match, and nothing can deadlock.
+    Every rank's list of messages of a lane is a part of one order over all events, so sends and receives of any two ranks match. A send
+    that blocks until its receive is posted cannot deadlock: the first message of that order that has not arrived has nothing before it
+    on either side but what is done.
     """
     pp = len(timeline)
     events: list[tuple[int, int, int, Action]] = []
@@ -124,7 +135,20 @@ def with_communication(timeline: list[list[Timed]], chunks: int) -> list[list[Ac
     actions: list[list[Action]] = [[] for _ in timeline]
     for _, _, rank, action in sorted(events, key=_order_of_event):
         actions[rank].append(action)
-    return actions
+    return [_receives_ahead(mine) for mine in actions]
+
+
+def _receives_ahead(actions: list[Action]) -> list[Action]:
+    """Each receive moved before the computation that it directly followed, past messages of the other lane but never of its own."""
+    moved: list[Action] = []
+    for action in actions:
+        place = len(moved)
+        if action.kind.startswith("RECV"):
+            while place and moved[place - 1].is_message and moved[place - 1].lane != action.lane:
+                place -= 1
+            place = place - 1 if place and not moved[place - 1].is_message else len(moved)
+        moved.insert(place, action)
+    return moved
 
 
 def _order_of_event(event: tuple[int, int, int, Action]) -> tuple:

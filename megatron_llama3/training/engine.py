@@ -106,7 +106,10 @@ class Engine(ABC):
     def state_loaded(self, step: int, with_optimizer: bool = True) -> None:
         """Takes over what was written into `state_tensors`. `step` is Adam's count."""
 
-    # --- what an engine does around backward passes ---
+    # --- what an engine does around the passes of a chunk ---
+
+    def gather_ahead(self, chunk: int) -> None:  # noqa: B027 (most engines have nothing to gather)
+        """Begins to gather a chunk's weights, so that its first forward need not wait for all of them."""
 
     @abstractmethod
     def before_backward(self, chunk: int, reduces: bool, is_last: bool) -> None: ...
@@ -199,8 +202,8 @@ class Engine(ABC):
         s, b = inputs[0].tokens.shape
         shape = (s // self.tp.size if self.tp.sequence_parallel else s, b, self.config.model.hidden_size)
         actions = self._schedule(len(inputs), forward_only)
-        at, every = self.groups, self.config.parallel.reduce_gradients_every
-        executor = PipelineExecutor(actions, self.chunks, self.last_chunk, at.pp, at.device, self, self.deferred, every)
+        lanes, every = {"F": self.groups.pp, "B": self.groups.pp_gradients}, self.config.parallel.reduce_gradients_every
+        executor = PipelineExecutor(actions, self.chunks, self.last_chunk, lanes, self.groups.device, self, self.deferred, every)
         executor.run(inputs, on_loss, shape, self.compute_dtype)
 
     def _schedule(self, microbatches: int, forward_only: bool) -> list[Action]:

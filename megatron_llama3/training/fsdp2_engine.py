@@ -32,7 +32,12 @@ class Fsdp2Engine(Engine):
         self.locals = {name: local_part(p.detach()) for name, p in self.parameters.items()}
         self.optimizer = self._make_optimizer()
 
-    # --- around backward passes ---
+    # --- around the passes of a chunk ---
+
+    def gather_ahead(self, chunk: int) -> None:
+        for module in self.chunks[chunk].modules():
+            if isinstance(module, FSDPModule):
+                module.unshard(async_op=True)
 
     def before_backward(self, chunk: int, reduces: bool, is_last: bool) -> None:
         """Whole gradients stay on this rank until they are reduced and added, in the main dtype, to this rank's parts of them; weights

@@ -1,6 +1,7 @@
 """Pipeline schedules as lists of actions: complete, in order, free of deadlock, with the paper's bubble and bounded memory."""
 
 import itertools
+from collections import deque
 
 import pytest
 
@@ -45,9 +46,8 @@ def test_nothing_starts_before_what_it_needs_has_ended():
 
 def test_blocking_rendezvous_sends_do_not_deadlock():
     for pp, v, m, n, zero_bubble in GRID:
-        actions = with_communication(make_timeline(pp, v, m, n, zero_bubble), pp * v)
-        stuck = [left[0] for left in play_with_rendezvous(actions) if left]
-        assert not stuck, (pp, v, m, n, zero_bubble, list(map(str, stuck)))
+        stuck = play_with_rendezvous(with_communication(make_timeline(pp, v, m, n, zero_bubble), pp * v))
+        assert not stuck, (pp, v, m, n, zero_bubble, stuck)
 
 
 def test_the_rendezvous_player_sees_a_deadlock():
@@ -55,24 +55,61 @@ def test_the_rendezvous_player_sees_a_deadlock():
     sends = [i for i, a in enumerate(second) if a.kind == "SEND_B"]
     receives = [i for i, a in enumerate(second) if a.kind == "RECV_F"]
     second[sends[0]], second[receives[1]] = second[receives[1]], second[sends[0]]
-    assert any(play_with_rendezvous([first, second]))
+    assert not play_with_rendezvous([first, second]), "a receive that is posted early waits for nothing"
+    last = [i for i, a in enumerate(first) if a.kind == "SEND_F"][-1]
+    first.append(first.pop(last))  # rank 0 waits for gradients first, and rank 1 for the activation that they come from
+    assert play_with_rendezvous([first, second])
 
 
-def play_with_rendezvous(actions: list[list[Action]]) -> list[list[Action]]:
-    """Plays the lists where a send ends only once its receiver stands at the matching receive; returns what is left of each list."""
-    left = [list(reversed(a)) for a in actions]
-    moved = True
-    while moved:
-        moved = False
-        for mine in left:
-            while mine and not mine[-1].kind.startswith(("SEND", "RECV")):
-                mine.pop()
-                moved = True
-            if mine and left[mine[-1].peer] and match(mine[-1], left[mine[-1].peer][-1]):
-                left[mine[-1].peer].pop()
-                mine.pop()
-                moved = True
-    return left
+def play_with_rendezvous(actions: list[list[Action]]) -> list[Action]:
+    """Plays the lists where a send ends only once its message has moved, and a rank's messages of a lane move in the order in which they
+    were posted, to and from whichever rank. Returns what could not be done."""
+    left = [deque(mine) for mine in actions]
+    queues = {(rank, lane): deque() for rank in range(len(actions)) for lane in "FB"}
+    under_way: set[tuple] = set()
+    holding_up: list[set[tuple]] = [set() for _ in actions]
+    progress = True
+    while progress:
+        progress = move_messages(queues, under_way)
+        for rank, mine in enumerate(left):
+            while mine and not (holding_up[rank] | received_for(rank, mine[0])) & under_way:
+                action, progress = mine.popleft(), True
+                if action.is_message:
+                    under_way.add((rank, *action[:3]))
+                    queues[rank, action.lane].append(action)
+                    holding_up[rank] = {(rank, *action[:3])} if action.kind.startswith("SEND") else set()
+    return [*itertools.chain(*left), *itertools.chain(*queues.values())]
+
+
+def move_messages(queues: dict[tuple[int, str], deque[Action]], under_way: set[tuple]) -> bool:
+    """Every message that both its ranks stand at."""
+    moved = False
+    for (rank, lane), queue in queues.items():
+        while queue and (other := queues[queue[0].peer, lane]) and match(queue[0], other[0]):
+            under_way -= {(rank, *queue[0][:3]), (queue[0].peer, *other[0][:3])}
+            queue.popleft(), other.popleft()
+            moved = True
+    return moved
+
+
+def received_for(rank: int, action: Action) -> set[tuple]:
+    """The message that a computation waits for, if it comes from another rank."""
+    return {(rank, f"RECV_{'F' if action.kind == 'F' else 'B'}", *action[1:3])} if action.kind in "FBI" else set()
+
+
+def test_receives_are_posted_one_computation_before_they_are_needed():
+    """All that can be: none before the rank has anything to compute, or before an earlier message of its own lane."""
+    for pp, v, m, n, zero_bubble in GRID:
+        for mine in with_communication(make_timeline(pp, v, m, n, zero_bubble), pp * v):
+            for i, action in enumerate(mine):
+                if not action.kind.startswith("RECV"):
+                    continue
+                used = next(j for j, a in enumerate(mine) if (0, *action[:3]) in received_for(0, a))
+                between = [a for a in mine[i:used] if not a.is_message]
+                before = list(itertools.takewhile(lambda a: a.is_message, reversed(mine[:i])))
+                starts, is_behind = len(before) == i, any(a.lane == action.lane and a.kind.startswith("SEND") for a in before)
+                assert i < used, (pp, v, m, n, zero_bubble, action)
+                assert between or starts or is_behind, (pp, v, m, n, zero_bubble, action)
 
 
 def match(a: Action, b: Action) -> bool:

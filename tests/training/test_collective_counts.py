@@ -24,7 +24,8 @@ class Calls(TorchDispatchMode):
     def __init__(self, groups):
         super().__init__()
         self.counts: Counter = Counter()
-        self.names = {groups.tp.group_name: "tp", groups.dp_cp.group_name: "dp_cp", groups.pp.group_name: "pp"}
+        named = {"tp": groups.tp, "dp_cp": groups.dp_cp, "pp": groups.pp, "pp_gradients": groups.pp_gradients}
+        self.names = {group.group_name: name for name, group in named.items()}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
