@@ -160,6 +160,9 @@ class Stretches(NamedTuple):
     cumulative_queries: Tensor
     """int32 [stretches + 1]"""
     cumulative_keys: Tensor
+    longest_queries: int
+    """tokens of the longest stretch, rounded up to a power of two: a compiled block has a graph for each, and few of them"""
+    longest_keys: int
 
 
 def plan_varlen(mask: AttentionMask, batch: int) -> list[Stretches]:
@@ -177,20 +180,23 @@ def _stretches(mask: AttentionMask, start: int, end: int, batch: int) -> Stretch
         key_lengths += [e - a for a, e in documents]
     cumulative = [to_device(np.cumsum([0, *x], dtype=np.int32), mask.device) for x in (query_lengths, key_lengths)]
     rows = to_device(np.concatenate(key_rows), mask.device) if start else None
-    return Stretches(start, end, rows, *cumulative)
+    return Stretches(start, end, rows, *cumulative, _rounded_up(max(query_lengths), end - start), _rounded_up(max(key_lengths), end))
+
+
+def _rounded_up(length: int, limit: int) -> int:
+    """The next power of two, or `limit` if that is smaller."""
+    return min(1 << (length - 1).bit_length(), limit)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[Stretches]) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     pieces = []
-    for piece, (start, end, key_rows, cumulative_queries, cumulative_keys) in _by_range(q, plan):
+    for piece, (_, end, key_rows, *lengths) in _by_range(q, plan):
         keys, values = (x[:end].transpose(0, 1).flatten(0, 1) for x in (k, v))
         if key_rows is not None:
             keys, values = keys[key_rows], values[key_rows]
         queries = piece.transpose(0, 1).flatten(0, 1)
-        # The longest stretch is bounded by the range: a fixed number, so that nothing is compiled anew for each batch.
-        lengths = (cumulative_queries, cumulative_keys, end - start, end)
         out = varlen_attn(queries, keys, values, *lengths, window_size=(-1, 0), enable_gqa=True)
         pieces.append(out.unflatten(0, (q.shape[1], -1)).transpose(0, 1))
     return _joined(pieces)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.model.attention import KERNELS, AttentionMask, choose_kernel, reference_attention
+from megatron_llama3.model.attention import KERNELS, AttentionMask, choose_kernel, plan_varlen, reference_attention
 
 SEQUENCE, BATCH, HEADS, KV_HEADS, DIM = 128, 2, 4, 2, 16
 WHOLE = [(0, SEQUENCE)]
@@ -104,6 +104,22 @@ def test_varlen_is_told_the_visible_keys(monkeypatch, ranges, ids):
     theirs.sin().sum().backward()
     for x, y in zip(inputs, reference_inputs):
         torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ranges", "longest"),
+    [
+        ([100, 90, 66], [(0, 256)], [(128, 128)]),
+        ([128, 129, 43], [(0, 300)], [(256, 256)]),
+        ([300], [(0, 300)], [(300, 300)]),  # no more than the range has
+        ([1] * 256, [(0, 256)], [(1, 1)]),
+        ([20, 236], [(0, 64), (192, 256)], [(64, 64), (64, 256)]),  # context parallelism: few queries, all keys of their document
+    ],
+)
+def test_varlens_longest_stretches_are_the_batchs_own_in_powers_of_two(lengths, ranges, longest):
+    ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[None]
+    plan = plan_varlen(AttentionMask(ranges, ids), 1)
+    assert [(p.longest_queries, p.longest_keys) for p in plan] == longest
 
 
 def test_varlen_and_flex_are_refused_on_a_cpu_before_training():
