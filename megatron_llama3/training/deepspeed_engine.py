@@ -77,17 +77,31 @@ class DeepSpeedEngine(Engine):
             for gradient in self.owned_gradients().values():
                 gradient.mul_(self.groups.dp_cp.size())
         # Summed after the reduction, on whole weights: parts differ from rank to rank, and the order of a sum shows in its last bits.
-        for name in self.replicated:
-            self._sum_gradient(name, self.tp.group, self.is_partial_over_tp(name) or self.tp.rank == 0)
-        for name in filter(self.is_partial_over_ends, self.trained):
-            self._sum_gradient(name, self.groups.embedding)
+        self._sum_gradients({n: self.is_partial_over_tp(n) or self.tp.rank == 0 for n in self.replicated}, self.tp.group)
+        self._sum_gradients(dict.fromkeys(filter(self.is_partial_over_ends, self.trained), True), self.groups.embedding)
 
-    def _sum_gradient(self, name: str, group: dist.ProcessGroup, adds: bool = True) -> None:
-        """The sum over the ranks of `group` that add to it, on each of them."""
-        start, part = self._owned(name, "gradient")
-        flat = self._put_together(name, "gradient")
-        dist.all_reduce(flat if adds else flat.zero_(), group=group)
-        part.copy_(flat[start : start + part.numel()])
+    def _sum_gradients(self, adds: dict[str, bool], group: dist.ProcessGroup) -> None:
+        """The sum of each gradient over the ranks of `group` that add to it, on each of them. All gradients travel in one buffer."""
+        if not adds:
+            return
+        bucket = torch.zeros(sum(map(self._local_size, adds)), dtype=self.main_dtype, device=self.groups.device)
+        wholes = dict(zip(adds, bucket.split([*map(self._local_size, adds)]), strict=True))
+        places = {}
+        for name, whole in wholes.items():
+            start, part = self._owned(name, "gradient")
+            places[name] = whole[start : start + part.numel()], part
+            places[name][0].copy_(part)
+        dist.all_reduce(bucket, group=self.groups.dp_cp)  # puts the data-parallel ranks' parts together
+        for name in adds:
+            if not adds[name]:
+                wholes[name].zero_()
+        dist.all_reduce(bucket, group=group)
+        for summed, part in places.values():
+            part.copy_(summed)
+
+    def _local_size(self, name: str) -> int:
+        """Elements of this TP rank's shard of a weight."""
+        return math.prod(self.weight(name).local_shape(self.tp.size, self.tp.rank))
 
     def owned_gradients(self) -> dict[str, Tensor]:
         return {name: self.parts.part(p, "gradient")[1] for name, p in self.trained.items()}

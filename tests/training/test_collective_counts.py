@@ -1,6 +1,7 @@
 """What one step computes and sends: every matrix product, all-gather and reduce-scatter once, none twice."""
 
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import torch.distributed as dist
@@ -109,6 +110,15 @@ def test_sequence_parallel_collectives_of_a_step():
         assert sent(count, "tp", "gather") == SEQUENCES * (LAYERS * 4 + 2)
         assert sent(count, "tp", "reduce_scatter") == SEQUENCES * (LAYERS * 4 + 2)
         assert count["tp allreduce_"] == SEQUENCES * 2 + 1, "two in the loss, and the norms' gradients once a step"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+def test_deepspeeds_replicated_gradients_are_summed_in_one_bucket(stage):
+    """Nine norms, and wk and wv where TP exceeds the KV heads: one sum over DP that puts their parts together, one over TP."""
+    for count in counts(tp=2, sp=True, dp=2, engine=f"deepspeed-zero-{stage}"):
+        assert count["tp allreduce_"] == SEQUENCES // 2 * 2 + 1
 
 
 def test_each_weight_is_gathered_and_each_gradient_scattered_once_a_step():
