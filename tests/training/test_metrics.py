@@ -56,19 +56,42 @@ def test_the_record_holds_what_happened_since_the_last_one(tmp_path, monkeypatch
         assert step[f"tflops_per_rank_{kind}_attention"] == pytest.approx(tflops)
         assert step[f"mfu_{kind}_attention"] == pytest.approx(tflops / 989)
     assert step["memory_bytes"] > 2**20
+    assert step["memory_bytes"] % 1024 == 0, "the kernel counts in KiB"
     assert abs(step["time"] - time.time()) < 600
     assert evaluation["validation_loss"] == 4.25
     line, *_ = capsys.readouterr().out.splitlines()
-    for part in ("iteration 2/6", "256 tokens", "loss 4.5000", "grad norm 0.500", "85 tokens/s", "MFU", "0:00:06 left"):
+    memory = f"{step['memory_bytes'] / 2**30:.2f} GiB"
+    for part in (memory, "iteration 2/6", "256 tokens", "loss 4.5000", "grad norm 0.500", "85 tokens/s", "MFU", "0:00:06 left"):
         assert part in line
 
 
 def test_a_gpu_is_known_by_the_most_telling_part_of_its_name(monkeypatch):
     names = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 PCIe": 756.0, "NVIDIA GB200": 2500.0, "NVIDIA B200": 2250.0, "Tesla T4": None}
+    names |= {"NVIDIA H100 NVL": 835.0, "NVIDIA H200": 989.0, "NVIDIA H200 NVL": 835.0, "NVIDIA A100-SXM4-80GB": 312.0}
     monkeypatch.setattr(metrics.torch.cuda, "is_available", lambda: True)
     for name, peak in names.items():
         monkeypatch.setattr(metrics.torch.cuda, "get_device_name", lambda name=name: name)
         assert metrics._peak_tflops() == peak
+
+
+def test_lines_reach_a_log_file_at_once(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("builtins.print", lambda *text, flush=False: flushed.append(flush))
+    log_two_steps(config_for(tmp_path), monkeypatch)
+    assert flushed == [True, True]
+
+
+def test_what_a_save_and_a_skipped_step_leave(tmp_path, monkeypatch, capsys):
+    logger, state = MetricsLogger(config_for(tmp_path), TrainState()), TrainState(iteration=3, consumed_tokens=99, skipped_in_a_row=2)
+    logger.saved(state, 0.25)
+    logger(state, StepResult(float("nan"), 1.0, 1e-3, BATCH, LENGTH, "the loss is nan"), False)
+    assert capsys.readouterr().out.splitlines() == [
+        "iteration 3 | saving a checkpoint, training stood still for 0.25 s",
+        "iteration 3 | step skipped, 2 in a row: the loss is nan",
+    ]
+    (record,) = map(json.loads, logger.path.read_text().splitlines())
+    assert (record["iteration"], record["consumed_tokens"], record["save_stall_seconds"]) == (3, 99, 0.25)
+    assert (logger.tokens, logger.steps, logger.losses) == (BATCH * LENGTH, 1, [])
 
 
 @pytest.mark.slow

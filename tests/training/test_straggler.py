@@ -48,6 +48,7 @@ def gather_from(monkeypatch, worked: list[float]) -> list:
 def test_a_slow_rank_is_named_at_the_interval(report, monkeypatch, capsys, tmp_path):
     given = gather_from(monkeypatch, [0.5, 1.25, 0.5])
     reporter = report()
+    assert (reporter.worked, reporter.steps) == (0.0, 0)
     for iteration, worked in ((1, 0.25), (2, 0.5), (3, 4.0)):
         reporter.worked += worked
         reporter(TrainState(iteration), None, False)

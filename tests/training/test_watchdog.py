@@ -57,14 +57,19 @@ def started(monkeypatch):
 def watch(monkeypatch, started, tmp_path):
     """watch(timeout in s, rank, ranks, a collective's limit in minutes) -> a watchdog whose threads do not run, and its clock."""
 
-    def make(timeout: float = 5.0, rank: int = 1, ranks: int = 4, minutes: int = 10, backend: str = "gloo") -> tuple[Watchdog, Clock]:
+    def make(timeout: float = 10.0, rank: int = 1, ranks: int = 4, minutes: int = 10, backend: str = "gloo") -> tuple[Watchdog, Clock]:
         clock, store = Clock(), dist.HashStore()
 
         def all_gather_object(hosts: list, host: str, group: str) -> None:
             assert (len(hosts), host, group) == (ranks, "here", "control")
             hosts[:] = HOSTS[:ranks]
 
-        fake = {"get_world_size": lambda: ranks, "get_backend": lambda: backend, "barrier": lambda group: None}
+        def barrier(group: str) -> None:
+            assert (group, store.check([f"watchdog/{rank}"])) == ("control", True), "every rank has a status before the first looks"
+            met.append(group)
+
+        met: list[str] = []
+        fake = {"get_world_size": lambda: ranks, "get_backend": lambda: backend, "barrier": barrier}
         default_store = SimpleNamespace(_get_default_store=lambda: SimpleNamespace(clone=lambda: store))
         fake |= {"all_gather_object": all_gather_object, "distributed_c10d": default_store, "PrefixStore": dist.PrefixStore}
         monkeypatch.setattr(module, "dist", SimpleNamespace(**fake))
@@ -74,7 +79,9 @@ def watch(monkeypatch, started, tmp_path):
         run.logging.log_dir = str(tmp_path)
         config = TrainingConfig(hang_timeout_seconds=timeout, distributed_timeout_minutes=minutes)
         groups = SimpleNamespace(rank=rank, control="control", device=torch.device("cpu"))
-        return Watchdog(config, groups, EventLog(run)), clock
+        dog = Watchdog(config, groups, EventLog(run))
+        assert len(met) == len(started) // 2
+        return dog, clock
 
     return make
 
@@ -109,7 +116,7 @@ def test_it_has_two_threads_that_end_with_the_process(watch, started):
     dog, _ = watch()
     assert started == [{"target": loop, "name": "watchdog", "daemon": True} for loop in (dog._publish_loop, dog._watch_loop)]
     assert (dog.thread, dog.hosts, dog.rank, dog.world_size, dog.on_gpu) == (threading.get_ident(), HOSTS, 1, 4, False)
-    assert published(dog, 1)["tick"] == 0, "every rank has a status before the first looks"
+    assert published(dog, 1)["tick"] == 0
 
 
 @pytest.mark.parametrize("kind", [{"timeout": 0.0}, {"backend": "fake"}])
@@ -217,7 +224,7 @@ def test_a_rank_that_publishes_no_more_is_named_first(watch):
             publish(dog, rank, tick=2, beats=7 - rank)
 
     (found,) = culprits(dog, clock, others_go_on)
-    assert clock.slept == [2.5 * dog.interval], "two ticks fit into it"
+    assert clock.slept == [5.0], "two intervals of 2 s fit into it"
     where = {"phase": "forward", "call": "call 2", "iteration": 41}  # its own status is old, so the iteration is that of who saw it
     assert found == {"rank": 2, "host": "node2", "state": "does not answer, last seen"} | where
 
@@ -295,14 +302,14 @@ def test_the_first_to_notice_names_and_the_others_wait_for_its_verdict(watch, mo
     dog._find_and_report()
     assert reported == [([{"rank": 3}], False)]
     assert dog.store.check(["verdict"])
-    assert clock.slept == [dog.interval], "in which the others see it"
+    assert clock.slept == [2.0], "in which the others see it"
     dog._find_and_report()
     assert len(reported) == 1
-    assert at_once == {"_is_first_to_notice": 3.0, "_wait_for_verdict": 12.0}
+    assert at_once == {"_is_first_to_notice": 6.0, "_wait_for_verdict": 24.0}, "by an interval of 2 s"
 
 
 def test_a_verdict_is_asked_for_four_times_an_interval(watch):
-    dog, clock = watch(timeout=10.0)
+    dog, clock = watch()
     sleep = clock.sleep
 
     def until_the_third(seconds: float) -> None:

@@ -1,13 +1,15 @@
-"""The names by which a stack is read are those of the code."""
+"""The names by which a stack is read are those of the code; what is read off a stack."""
 
 import ast
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 import megatron_llama3
-from megatron_llama3.training.whereabouts import PATIENT, PHASES, SYNCHRONIZING
+from megatron_llama3.training import whereabouts
+from megatron_llama3.training.whereabouts import PATIENT, PHASES, SYNCHRONIZING, Place, place_of_error
 
 PACKAGE = Path(megatron_llama3.__file__).parent
 
@@ -42,3 +44,69 @@ def test_the_executor_names_its_action_action(name):
 
 def test_patient_phases_are_phases():
     assert set(PATIENT) <= set(PHASES.values())
+
+
+def stack_of(*calls: tuple[str, str, str], action=None) -> list:
+    """The stack of functions (file, name, module), outermost first, each of which calls the next in its 10th line; innermost first."""
+    namespace = {"leaf": lambda: frames.extend(whereabouts.traceback.walk_stack(sys._getframe(1))), "action": action}
+    frames: list = []
+    for file, name, module in reversed(calls):
+        scope = {"__name__": module, "inner": namespace["leaf"], "the_action": action}
+        exec(compile("\n" * 7 + f"def {name}():\n    action = the_action\n    inner()\n", f"/somewhere/{file}", "exec"), scope)
+        namespace["leaf"] = scope[name]
+    namespace["leaf"]()
+    return frames[: len(calls)]
+
+
+OURS, TORCH, DIST = "megatron_llama3.x", "torch.nn.functional", "torch.distributed.distributed_c10d"
+STEP = ("step.py", "train_step", OURS)
+
+
+def test_a_collective_is_named_with_who_called_it():
+    reduce = (("distributed_c10d.py", "all_reduce", DIST), ("c10d_logger.py", "wrapper", "torch.distributed.c10d_logger"))
+    calls = (STEP, ("engine.py", "forward_backward", OURS), ("collectives.py", "reduce_from_group", OURS), *reversed(reduce))
+    place = whereabouts._place(stack_of(*calls))
+    assert place == Place("forward and backward", "all_reduce in reduce_from_group (collectives.py:10)", True, True)
+    wrapped = whereabouts._place(stack_of(*calls, ("distributed_c10d.py", "wrapper", DIST)))
+    assert wrapped.call == place.call, "a decorator's name is no collective's"
+
+
+def test_work_in_torch_is_named_by_who_called_it_and_is_no_waiting():
+    calls = (STEP, ("engine.py", "forward_backward", OURS), ("llama.py", "forward", OURS), ("functional.py", "silu", TORCH))
+    assert whereabouts._place(stack_of(*calls)) == Place("forward and backward", "forward (llama.py:10)", False, True)
+    only_torch = whereabouts._place(stack_of(("functional.py", "linear", TORCH), ("functional.py", "silu", TORCH)))
+    assert only_torch == Place("between phases", "silu", False, False)
+    assert whereabouts._place([]) == Place("not running", "no frame", False, False)
+
+
+def test_a_phase_is_told_with_its_micro_batch_and_chunk():
+    class Action:
+        microbatch, chunk = 3, 1
+
+    calls = (STEP, ("engine.py", "forward_backward", OURS), ("pipeline_parallel.py", "_forward", OURS), ("llama.py", "forward", OURS))
+    place = whereabouts._place(stack_of(*calls, action=Action))
+    assert str(place) == "forward and backward, forward of micro-batch 3 in chunk 1: forward (llama.py:10)"
+
+
+def test_the_executor_itself_waits_and_on_a_gpu_who_synchronizes():
+    calls = (STEP, ("pipeline_parallel.py", "run", OURS))
+    assert whereabouts._place(stack_of(*calls)).is_waiting
+    calls = (STEP, ("engine.py", "clip_gradients", OURS))
+    assert [whereabouts._place(stack_of(*calls), on_gpu).is_waiting for on_gpu in (False, True)] == [False, True]
+    inner = (*calls, ("llama.py", "forward", OURS))
+    assert not whereabouts._place(stack_of(*inner), True).is_waiting
+
+
+def test_an_error_is_placed_where_its_first_cause_was_raised():
+    def fails() -> None:
+        raise KeyError("w1")
+
+    def translates() -> None:
+        try:
+            fails()
+        except KeyError as error:
+            raise ValueError("weights") from error
+
+    with pytest.raises(ValueError) as caught:
+        translates()
+    assert place_of_error(caught.value).call.startswith("fails (test_whereabouts.py:")
