@@ -106,6 +106,8 @@ def _number_of_layers(config: RunConfig, p: ParallelConfig) -> int:
     lengths = [len(c.layers) for c in layers_of_chunks(config.model, config.parallel)]
     several = max(lengths) > 1 or stages * chunks - accounted(p) < 1
     return stages * chunks * (2 if several else 1) - accounted(p)
+
+
 def accounted(p: ParallelConfig) -> int:
     """How many of embedding and loss take a layer's place in the split."""
     return p.account_for_embedding_in_pipeline_split + p.account_for_loss_in_pipeline_split
