@@ -1,5 +1,6 @@
 """What happens between steps, as hooks for `training.loop.train`: noting what went wrong, rolling back, saving, evaluation."""
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -211,4 +212,4 @@ def evaluate(
         sums, counted = engine.evaluate(batch, objective)
         total, count = total + sums["loss"], count + counted
         after_batch()
-    return total / max(1, count)
+    return total / (count or math.nan)

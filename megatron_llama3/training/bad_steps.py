@@ -16,8 +16,11 @@ ENOUGH = 8
 """good losses before anything is called a spike"""
 
 
-def reason_to_skip(loss: float, gradient_norm: float, state: TrainState, config: TrainingConfig) -> str | None:
-    """Why a step with this loss and gradient norm must not change the weights; None for a good step."""
+def reason_to_skip(means: dict[str, float], gradient_norm: float, state: TrainState, config: TrainingConfig) -> str | None:
+    """Why a step with this loss, count and gradient norm must not change the weights; None for a good step."""
+    loss = means["loss"]
+    if means["count"] == 0:
+        return "no target of the batch counts: are its documents of one token, or all masked?"
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if not math.isfinite(gradient_norm):

@@ -45,19 +45,21 @@ class Engine(ABC):
 
     def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """Runs every micro-batch forward and backward. Gradients are left where `clip_gradients` finds them: those of the objective's
-        mean over the whole global batch. Returns the mean of each of its terms, the same on every rank."""
+        mean over the whole global batch. Returns the mean of each of its terms and the `count` that it is taken over, the same on every
+        rank; where nothing counts, they and the gradients are 0."""
         count = self._global_count(batch, objective)
+        divisor = max(1, count)
         microbatches = self._microbatches(batch, objective)
         totals = torch.zeros(len(objective.terms), dtype=torch.promote_types(self.main_dtype, torch.float32), device=self.groups.device)
 
         def on_output(output: Tensor, m: int) -> Tensor:
             loss, sums = objective(output, microbatches[m], self.groups.cp)
-            totals.add_(sums / count)
-            return loss / count
+            totals.add_(sums / divisor)
+            return loss / divisor
 
         self._run_pipeline(microbatches, on_output)
         self.finish_gradients()
-        return dict(zip(objective.terms, self._sum_over_last_stage(totals).tolist(), strict=True))
+        return dict(zip(objective.terms, self._sum_over_last_stage(totals).tolist(), strict=True)) | {"count": count}
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], int]:
@@ -217,10 +219,10 @@ class Engine(ABC):
         return self._schedules[microbatches, forward_only]
 
     def _global_count(self, batch: Batch, objective: Objective) -> int:
-        """Over the data-parallel ranks; 1 where nothing counts, as the sums are then 0."""
+        """Over the data-parallel ranks."""
         count = torch.tensor(objective.count(batch), device=self.groups.device)
         dist.all_reduce(count, group=self.groups.dp)
-        return max(1, int(count))
+        return int(count)
 
     def _sum_over_last_stage(self, total: Tensor) -> Tensor:
         """The sum over data and context ranks of what the last stage holds (once per TP group), on every rank."""

@@ -34,10 +34,11 @@ def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config
     stream.read_ahead(*wanted)  # the next step's, while this one computes
 
     lr = next_learning_rate(config, state, global_batch_size)
-    loss = engine.forward_backward(batch, objective)["loss"]
+    means = engine.forward_backward(batch, objective)
+    loss = means["loss"]
     norm = engine.clip_gradients(config.optimizer.clip_grad)
     # A bad step changes no weight, no moment and no schedule; the data moves on.
-    skipped = reason_to_skip(loss, norm, state, config.training)
+    skipped = reason_to_skip(means, norm, state, config.training)
     if skipped is None:
         engine.optimizer_step(lr)
     else:

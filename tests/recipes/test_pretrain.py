@@ -285,3 +285,13 @@ def test_a_rank_ends_soon_after_its_launcher(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, cwd=ROOT)
     assert done.returncode == 9
     assert re.fullmatch(r"error: rank 3: its launcher \(process \d+\) is gone; start the run again to go on\n", done.stderr)
+
+
+def test_nothing_to_learn_changes_no_weight_is_said_and_stops_soon(tmp_path, capfd):
+    with IndexedDatasetWriter(tmp_path / "ones", np.uint16) as writer:
+        for token in range(100):
+            writer.add_document(np.array([token]))
+        writer.finalize()
+    with pytest.raises(RankFailedError, match=r"5 steps were skipped in a row, the last because no target of the batch counts"):
+        run(f"{MODEL} --data-path {tmp_path}/ones --train-iters 20 --eval-iters 0 --weight-decay 0.5")
+    assert "iteration 1 | step skipped, 1 in a row: no target of the batch counts" in capfd.readouterr().out

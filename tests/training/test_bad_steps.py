@@ -32,13 +32,14 @@ LAYOUTS = {
 def test_what_is_a_bad_step():
     plain, spiky = TrainingConfig(), TrainingConfig(check_for_spiky_loss=True, spiky_loss_factor=3.0)
     state = TrainState(recent_losses=[2.0] * (ENOUGH - 1))
-    assert reason_to_skip(math.nan, 1.0, state, plain) == "the loss is nan"
-    assert reason_to_skip(2.0, math.inf, state, plain) == "the gradient norm is inf"
-    assert reason_to_skip(7.0, 1.0, state, spiky) is None  # too few to compare with
+    assert "no target" in reason_to_skip({"loss": math.nan, "count": 0}, math.nan, state, plain)
+    assert reason_to_skip({"loss": math.nan, "count": 9}, 1.0, state, plain) == "the loss is nan"
+    assert reason_to_skip({"loss": 2.0, "count": 9}, math.inf, state, plain) == "the gradient norm is inf"
+    assert reason_to_skip({"loss": 7.0, "count": 9}, 1.0, state, spiky) is None  # too few to compare with
     note_step(state, 100.0, False, spiky)  # one outlier does not move the median
-    assert reason_to_skip(7.0, 1.0, state, spiky) == "the loss 7.0000 is above 3 x 2.0000, the median of recent ones"
-    assert reason_to_skip(5.9, 1.0, state, spiky) is None
-    assert reason_to_skip(7.0, 1.0, state, plain) is None
+    assert reason_to_skip({"loss": 7.0, "count": 9}, 1.0, state, spiky) == "the loss 7.0000 is above 3 x 2.0000, the median of recent ones"
+    assert reason_to_skip({"loss": 5.9, "count": 9}, 1.0, state, spiky) is None
+    assert reason_to_skip({"loss": 7.0, "count": 9}, 1.0, state, plain) is None
 
 
 def test_what_a_checkpoint_keeps_of_it():
