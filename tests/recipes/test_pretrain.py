@@ -170,7 +170,7 @@ def test_another_tokenizer_is_refused(data, tmp_path):
     run(f"{base} --train-iters 1 --tokenizer-model {tmp_path / 'first'}")
     with pytest.raises(RankFailedError, match=r"UserError: --tokenizer-model .*second is another one"):
         run(f"{base} --train-iters 2 --tokenizer-model {tmp_path / 'second'}")
-    with pytest.raises(RankFailedError, match=r"UserError: --tokenizer-model .*first has 513 entries, --vocab-size 512 is smaller"):
+    with pytest.raises(RankFailedError, match=r"Error: --tokenizer-model .*first has 513 entries, --vocab-size 512 is smaller"):
         run(f"{base} --train-iters 2 --vocab-size 512 --tokenizer-model {tmp_path / 'first'}")
 
 
