@@ -23,7 +23,7 @@ from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.rope import apply_rotary
 from megatron_llama3.model.sharding import layer_weights
 from megatron_llama3.parallel.context_parallel import gather_keys_values
-from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel, local_part
+from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel
 
 
 @dataclass
@@ -234,7 +234,7 @@ class Attention(nn.Module):
         self, weight: Callable[[str], Tensor], config: ModelConfig, tp: TensorParallel, cp_group, kernel: str, recompute: bool = False
     ):
         super().__init__()
-        self.wq, self.wk, self.wv, self.wo = (ParallelLinear(weight(f"attention.{w}.weight"), tp) for w in ("wq", "wk", "wv", "wo"))
+        self.wq, self.wk, self.wv, self.wo = (ParallelLinear(weight(f"attention.{w}.weight")) for w in ("wq", "wk", "wv", "wo"))
         self.tp, self.cp_group, self.head_dim = tp, cp_group, config.head_dim
         kv_split = layer_weights(config)["attention.wk.weight"].split_dim_at(tp.size)
         self.kv_rows = None
@@ -247,16 +247,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: Any, cache=None) -> Tensor:
         """x [s, b, h] (this rank's part of s under sequence parallelism) -> the same shape. `cache` (inference) keeps keys and values."""
-        x = self.tp.gather_input(x)
-        q = self.wq(x).unflatten(-1, (-1, self.head_dim))
-        k, v = (self._kv(layer, x).unflatten(-1, (-1, self.head_dim)) for layer in (self.wk, self.wv))
+        weights = [self.wq.local, self._kv_part(self.wk), self._kv_part(self.wv)]
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.tp.columns(x, weights))
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
         k, v = gather_keys_values(k, v, self.cp_group)
-        return self.tp.reduce_output(self.wo(self.core(q, k, v, plan).flatten(2)))
+        return self.tp.row(self.core(q, k, v, plan).flatten(2), self.wo.local)
 
-    def _kv(self, layer: ParallelLinear, x: Tensor) -> Tensor:
-        if self.kv_rows is None:
-            return layer(x)
-        return self.tp.linear(x, local_part(layer.weight)[self.kv_rows])
+    def _kv_part(self, layer: ParallelLinear) -> Tensor:
+        return layer.local if self.kv_rows is None else layer.local[self.kv_rows]

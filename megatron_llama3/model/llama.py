@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from megatron_llama3.config.model import ModelConfig
@@ -22,6 +23,7 @@ from megatron_llama3.model.initial_weights import initial_weight
 from megatron_llama3.model.loss import token_log_probs
 from megatron_llama3.model.rope import rotary_frequencies, rotary_table
 from megatron_llama3.model.sharding import weight_table
+from megatron_llama3.parallel.linear import Recipe
 from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel, VocabParallelEmbedding, local_part
 
 
@@ -81,17 +83,36 @@ class RMSNorm(nn.Module):
         return self.normalize(x, local_part(self.weight), self.eps)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+class SwiGlu(Function):
+    """silu(gate) * up; both inputs are kept and nothing else."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, weight: Callable[[str], Tensor], tp: TensorParallel):
         super().__init__()
-        self.w1, self.w2, self.w3 = (ParallelLinear(weight(f"feed_forward.{w}.weight"), tp) for w in ("w1", "w2", "w3"))
+        self.w1, self.w2, self.w3 = (ParallelLinear(weight(f"feed_forward.{w}.weight")) for w in ("w1", "w2", "w3"))
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tp.gather_input(x)
-        return self.tp.reduce_output(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        gate, up = self.tp.columns(x, [self.w1.local, self.w3.local])
+        product = Recipe(swiglu, (gate.detach(), up.detach()))
+        return self.tp.row(SwiGlu.apply(gate, up), self.w2.local, product)
 
 
 class Block(nn.Module):
@@ -195,8 +216,8 @@ class Llama(nn.Module):
 
     def _output_layer(self, weight: Callable[[str], Tensor]) -> nn.Module:
         if self.config.untie_embeddings_and_output_weights:
-            return ParallelLinear(weight("output.weight"), self.tp)
-        layer = ParallelLinear(weight("tok_embeddings.weight") if self.tok_embeddings is None else torch.empty(0), self.tp)
+            return ParallelLinear(weight("output.weight"))
+        layer = ParallelLinear(weight("tok_embeddings.weight") if self.tok_embeddings is None else torch.empty(0))
         if self.tok_embeddings is not None:
             layer.weight = self.tok_embeddings.weight
         return layer

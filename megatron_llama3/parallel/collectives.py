@@ -8,6 +8,9 @@
 | reduce_scatter_sequence  | reduce-scatter | all-gather     | out of row layers with sequence parallelism       |
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,6 +40,29 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=group)
     return out
+
+
+# --- collectives that run beside what comes next, in a compiled block too. No gradients. ---
+
+Pending = Callable[[], Tensor]
+"""Waits for a collective and returns its result. Until then nobody may write into what went in."""
+
+_started = torch.ops._c10d_functional
+
+
+def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Begins `all_gather_first_dim`."""
+    return partial(_started.wait_tensor, _started.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
+
+
+def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Begins `reduce_scatter_first_dim`."""
+    return partial(_started.wait_tensor, _started.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))
+
+
+def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Begins the sum over the group, in place where `x` is contiguous."""
+    return partial(_started.wait_tensor, _started.all_reduce_(x.contiguous(), "sum", group.group_name))
 
 
 class _CopyToGroup(Function):

@@ -9,51 +9,43 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 
+from megatron_llama3.parallel.linear import KeptInput, Linear
 from megatron_llama3.parallel.schedule import Action
+
+WeightHalf = tuple[KeptInput, list[tuple[Tensor, Tensor]]]
+"""The kept input of layers that share it, and (weight, gradient of its output) of each."""
 
 
 class DeferredWeightGradients:
-    """A `linear` whose backward computes the input's gradient only and notes down the weight's product for later (zero bubble)."""
+    """Notes down the weights' half of a backward pass, and runs it later (zero bubble)."""
 
-    def __init__(self):
-        self._noted: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, linear: Linear | None = None):
+        self.linear = linear or Linear()
+        self._noted: list[WeightHalf] = []
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and weight.requires_grad):
-            return F.linear(x, weight)
-        return _InputGradientOnly.apply(x, weight, self._noted)
+    def note(self, kept: KeptInput, grads: list[tuple[Tensor, Tensor]]) -> None:
+        self._noted.append((kept, grads))
 
-    def take(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def take(self) -> list[WeightHalf]:
         """What the backward pass since the last call noted down."""
         noted = self._noted[:]
         self._noted.clear()
         return noted
 
-    @staticmethod
-    def run(noted: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """The weight half: each product, passed on to the parameter through the autograd graph that made the local weight of it."""
+    @torch.no_grad()
+    def run(self, noted: list[WeightHalf]) -> None:
+        """The weight half: each product, passed on to the parameter through the autograd graph that made the local weight of it. The
+        next layers' input is gathered meanwhile."""
+        arriving = noted[-1][0].start() if noted else None
         while noted:
-            weight, x, grad = noted.pop()
-            torch.autograd.backward(weight, grad.flatten(0, -2).T @ x.flatten(0, -2))
-
-
-class _InputGradientOnly(Function):
-    @staticmethod
-    def forward(ctx, x, weight, noted):
-        ctx.weight, ctx.noted = weight, noted
-        ctx.save_for_backward(x)
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        ctx.noted.append((ctx.weight, x, grad))
-        return (grad @ ctx.weight if ctx.needs_input_grad[0] else None), None, None
+            (_, grads), x = noted.pop(), arriving()
+            arriving = noted[-1][0].start() if noted else None
+            while grads:
+                weight, grad = grads.pop()
+                torch.autograd.backward(weight, self.linear.weight_gradient(grad, x))
 
 
 class EngineHooks(Protocol):

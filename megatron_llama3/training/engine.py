@@ -35,8 +35,7 @@ class Engine(ABC):
         self.main_dtype = getattr(torch, config.optimizer.main_dtype)
         zero_bubble = config.parallel.pipeline_schedule == "zero-bubble"
         self.deferred = DeferredWeightGradients() if zero_bubble else None
-        linear = {"linear": self.deferred.linear} if zero_bubble else {}
-        self.tp = TensorParallel(groups.tp, config.parallel.sequence_parallel, **linear)
+        self.tp = TensorParallel(groups.tp, config.parallel.sequence_parallel, deferred=self.deferred)
         self.last_chunk = groups.topology.pp * config.parallel.chunks_per_rank - 1
         self.chunks = self._build_chunks(trainable)
         self._schedules: dict[tuple[int, bool], list[Action]] = {}

@@ -47,6 +47,7 @@ def _drop_forward_all_reduce() -> None:
 
 def _drop_backward_all_reduce() -> None:
     collectives._CopyToGroup.backward = staticmethod(lambda ctx, grad: (grad, None))
+    patch(tensor_parallel, "start_all_reduce", lambda original, x, group: lambda: x)
 
 
 def _return_non_contiguous_input_unreduced() -> None:
