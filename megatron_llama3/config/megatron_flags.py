@@ -97,7 +97,7 @@ _INSTEAD = {
     "--rampup-batch-size": "give --step-batch-size-schedule, such as '0:32 10B:64'",
     "--yaml-cfg": "give --config FILE.yaml",
     "--fp16": "Llama 3 trains in bfloat16: give --bf16",
-    "--recompute-activations": "give --recompute-granularity selective",
+    "--recompute-activations": "give --recompute-granularity selective --recompute-modules layernorm",
     "--async-save": "saving is asynchronous unless --no-async-save",
     "--rope-type": "RoPE is Llama's, with --use-rope-scaling for 3.1's",
     "--add-position-embedding": "positions are always rotary: leave it out",

@@ -1,11 +1,14 @@
 """How a run is cut over ranks: degrees of tensor, context, pipeline and data parallelism, and which layers each pipeline chunk holds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.config.fields import option
+from megatron_llama3.config.fields import list_option, option
 from megatron_llama3.config.model import ModelConfig
+
+RECOMPUTE_MODULES = ("layernorm", "mlp")
+"""Megatron-LM's names of what may be made again and saves something here."""
 
 
 @dataclass(kw_only=True)
@@ -41,7 +44,7 @@ class ParallelConfig:
     optimizer_cpu_offload: bool = option(False, "Keep optimizer states and their step on the CPU (engine deepspeed).")
     recompute_granularity: str | None = option(
         None,
-        "Activation recomputation: 'selective' recomputes core attention, 'full' whole layers.",
+        "Activations made again in the backward pass: 'selective', what --recompute-modules names; 'full', whole layers.",
         choices=("full", "selective"),
     )
     recompute_method: str | None = option(
@@ -50,6 +53,9 @@ class ParallelConfig:
         choices=("uniform", "block"),
     )
     recompute_num_layers: int | None = option(None, "With 'full': layers a unit ('uniform'), or layers recomputed in each chunk ('block').")
+    recompute_modules: list[str] = field(
+        **list_option("With 'selective': layernorm (both norms' outputs) and/or mlp (the feed-forward with its norm).")
+    )
     compile_blocks: bool = option(False, "torch.compile each transformer block.")
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_llama3.config import schedules
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.fields import field_specs
-from megatron_llama3.config.parallel import layers_of_chunks
+from megatron_llama3.config.parallel import RECOMPUTE_MODULES, ParallelConfig, layers_of_chunks
 
 if TYPE_CHECKING:
     from megatron_llama3.config.run import RunConfig
@@ -199,14 +199,31 @@ def _recompute(config: "RunConfig") -> Iterator[str]:
         yield f"--recompute-method {method} and --recompute-num-layers {layers} need --recompute-granularity full, which is {granularity}"
     if layers is not None and layers > config.model.num_layers:
         yield f"--recompute-num-layers {layers} is above --num-layers {config.model.num_layers}"
-    if granularity == "selective" and parallel.compile_blocks and parallel.tensor_model_parallel_size > 1:
-        size = f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}"
-        yield f"--recompute-granularity selective cannot run with --compile-blocks under {size}: use full, or leave one out"
+    yield from _recompute_modules(parallel)
     if parallel.pipeline_schedule == "zero-bubble":
-        if granularity is not None:
+        if granularity == "full":
             yield f"--pipeline-schedule zero-bubble would recompute twice with --recompute-granularity {granularity}: leave one out"
         if parallel.compile_blocks:
             yield "--pipeline-schedule zero-bubble cannot run with --compile-blocks: a compiled backward cannot be split in two halves"
+
+
+def _recompute_modules(parallel: ParallelConfig) -> Iterator[str]:
+    granularity, modules = parallel.recompute_granularity, parallel.recompute_modules
+    given = f"--recompute-modules {' '.join(modules)}"
+    if modules and granularity != "selective":
+        yield f"{given} needs --recompute-granularity selective, which is {granularity}"
+    elif granularity == "selective" and not modules:
+        yield (
+            "--recompute-granularity selective needs --recompute-modules layernorm and/or mlp: core_attn, which is Megatron-LM's default, "
+            "saves nothing here, as no attention kernel keeps its scores"
+        )
+    for name in modules:
+        if name not in RECOMPUTE_MODULES:
+            why = "no attention kernel keeps its scores" if name == "core_attn" else "Llama 3 has no such part"
+            yield f"{given}: {name} saves nothing here, as {why}: give {' and/or '.join(RECOMPUTE_MODULES)}"
+    if "mlp" in modules and parallel.compile_blocks and parallel.tensor_model_parallel_size > 1:
+        size = f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}"
+        yield f"{given} cannot run with --compile-blocks under {size}: leave out mlp or --compile-blocks"
 
 
 def _engine_and_dtype(config: "RunConfig") -> Iterator[str]:

@@ -8,7 +8,7 @@ Shapes: s = queries on this rank, S = keys of the whole sequence so far, b = mic
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.rope import apply_rotary
 from megatron_llama3.model.sharding import layer_weights
 from megatron_llama3.parallel.context_parallel import gather_keys_values
+from megatron_llama3.parallel.linear import Recipe
 from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel
 
 
@@ -230,9 +230,7 @@ class Attention(nn.Module):
     """Grouped-query attention (paper, section 3.2). Where TP exceeds the KV heads, wk and wv are whole on every rank, which takes the rows
     of the one head that its queries use."""
 
-    def __init__(
-        self, weight: Callable[[str], Tensor], config: ModelConfig, tp: TensorParallel, cp_group, kernel: str, recompute: bool = False
-    ):
+    def __init__(self, weight: Callable[[str], Tensor], config: ModelConfig, tp: TensorParallel, cp_group, kernel: str):
         super().__init__()
         self.wq, self.wk, self.wv, self.wo = (ParallelLinear(weight(f"attention.{w}.weight")) for w in ("wq", "wk", "wv", "wo"))
         self.tp, self.cp_group, self.head_dim = tp, cp_group, config.head_dim
@@ -242,13 +240,12 @@ class Attention(nn.Module):
             head = tp.rank * config.num_query_groups // tp.size
             self.kv_rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
         self.core = KERNELS[kernel].attend
-        if recompute:
-            self.core = partial(checkpoint, self.core, use_reentrant=False, preserve_rng_state=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: Any, cache=None) -> Tensor:
-        """x [s, b, h] (this rank's part of s under sequence parallelism) -> the same shape. `cache` (inference) keeps keys and values."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: Any, cache=None, recipe: Recipe | None = None) -> Tensor:
+        """x [s, b, h] (this rank's part of s under sequence parallelism) -> the same shape. `cache` (inference) keeps keys and values.
+        `recipe`: how x is made again in the backward pass, where it is not kept."""
         weights = [self.wq.local, self._kv_part(self.wk), self._kv_part(self.wv)]
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.tp.columns(x, weights))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.tp.columns(x, weights, recipe))
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         if cache is not None:
             k, v = cache.append(k, v)

@@ -7,7 +7,7 @@ h = hidden size. Activations are [s, b, h] throughout: what passes between pipel
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class BuildOptions:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
+    recompute_modules: Sequence[str] = ()
 
 
 @lru_cache(maxsize=1)
@@ -81,6 +82,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normalize(x, local_part(self.weight), self.eps)
+
+    def recipe(self, x: Tensor) -> Recipe:
+        """How `self(x)` is made again, of tensors that its own backward pass needs anyway."""
+        return Recipe(partial(self.normalize, eps=self.eps), (x.detach(), local_part(self.weight).detach()))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -109,27 +114,38 @@ class FeedForward(nn.Module):
         self.w1, self.w2, self.w3 = (ParallelLinear(weight(f"feed_forward.{w}.weight")) for w in ("w1", "w2", "w3"))
         self.tp = tp
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.tp.columns(x, [self.w1.local, self.w3.local])
+    def forward(self, x: Tensor, recipe: Recipe | None = None) -> Tensor:
+        """x [s, b, h] -> the same shape. `recipe`: how x is made again in the backward pass, where it is not kept."""
+        gate, up = self.tp.columns(x, [self.w1.local, self.w3.local], recipe)
         product = Recipe(swiglu, (gate.detach(), up.detach()))
         return self.tp.row(SwiGlu.apply(gate, up), self.w2.local, product)
 
 
 class Block(nn.Module):
-    """h = x + Attention(norm(x)); h + FeedForward(norm(h))."""
+    """h = x + Attention(norm(x)); h + FeedForward(norm(h)). What `recompute` names is made again in the backward pass: `layernorm`, both
+    norms' outputs, which a column layer reads; `mlp`, the feed-forward with its norm."""
 
     def __init__(
-        self, weight: Callable[[str], Tensor], config: ModelConfig, tp: TensorParallel, cp_group, kernel: str, recompute_core: bool
+        self, weight: Callable[[str], Tensor], config: ModelConfig, tp: TensorParallel, cp_group, kernel: str, recompute: Sequence[str] = ()
     ):
         super().__init__()
         self.attention_norm = RMSNorm(weight("attention_norm.weight"), config.norm_epsilon)
-        self.attention = Attention(weight, config, tp, cp_group, kernel, recompute_core)
+        self.attention = Attention(weight, config, tp, cp_group, kernel)
         self.ffn_norm = RMSNorm(weight("ffn_norm.weight"), config.norm_epsilon)
         self.feed_forward = FeedForward(weight, tp)
+        self.recompute = recompute
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: Any, cache=None) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), rotary, plan, cache)
-        return h + self.feed_forward(self.ffn_norm(h))
+        h = x + self.attention(self.attention_norm(x), rotary, plan, cache, self._recipe(self.attention_norm, x))
+        if "mlp" in self.recompute and torch.is_grad_enabled():
+            return h + checkpoint(self._feed_forward, h, use_reentrant=False, preserve_rng_state=False)
+        return h + self._feed_forward(h)
+
+    def _feed_forward(self, h: Tensor) -> Tensor:
+        return self.feed_forward(self.ffn_norm(h), self._recipe(self.ffn_norm, h))
+
+    def _recipe(self, norm: RMSNorm, x: Tensor) -> Recipe | None:
+        return norm.recipe(x) if "layernorm" in self.recompute else None
 
 
 class Llama(nn.Module):
@@ -157,7 +173,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleDict()
         for number in range(config.num_layers) if layers is None else layers:
             self.layers[str(number)] = Block(
-                self._weights_of(f"layers.{number}."), config, tp, cp_group, kernel, options.recompute_granularity == "selective"
+                self._weights_of(f"layers.{number}."), config, tp, cp_group, kernel, options.recompute_modules
             )
         self.tok_embeddings = self.norm = self.output = None
         weight = self._weights_of("")

@@ -92,13 +92,15 @@ class _LinearLayers(Function):
     @staticmethod
     def forward(ctx, how, make, count, x, *tensors):
         ctx.how, ctx.make, ctx.count = how, make, count
+        ctx.originals = tensors[count:] if how.deferred else ()  # saved ones, in a checkpoint, would not lead to the parameters
         ctx.save_for_backward(*tensors)
         gathered = how.collectives.gather(x)()
         return tuple(how.linear.output(gathered, weight) for weight in tensors[count:])
 
     @staticmethod
     def backward(ctx, *grads):
-        how, tensors, weights = ctx.how, ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        how, kept = ctx.how, ctx.saved_tensors  # read once, or a checkpointed forward would run again
+        tensors, weights = kept[: ctx.count], kept[ctx.count :]
         _, _, _, needs_x, *needed = ctx.needs_input_grad
         kept, needed = KeptInput(Recipe(ctx.make, tensors), how.collectives.gather), needed[ctx.count :]
         is_now = any(needed) and how.deferred is None
@@ -109,5 +111,5 @@ class _LinearLayers(Function):
             gathered = arriving()
             weight_grads = [how.linear.weight_gradient(grad, gathered) if need else None for grad, need in zip(grads, needed)]
         elif any(needed):
-            how.deferred.note(kept, [(weight, grad) for weight, grad, need in zip(weights, grads, needed) if need])
+            how.deferred.note(kept, [(weight, grad) for weight, grad, need in zip(ctx.originals, grads, needed) if need])
         return None, None, None, x_grad(), *[None] * ctx.count, *weight_grads

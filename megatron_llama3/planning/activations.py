@@ -75,9 +75,9 @@ def kept_by_layer(config: RunConfig, tokens: int) -> dict[str, int]:
 
 def _is_made_again(config: RunConfig, name: str) -> bool:
     """By `--recompute-granularity selective` with the module in `--recompute-modules`."""
-    p = config.parallel
-    is_selected = p.recompute_granularity == "selective" and "layernorm" in (getattr(p, "recompute_modules", None) or ())
-    return is_selected and name.endswith("_norm.output")
+    modules = config.parallel.recompute_modules
+    is_in_mlp = name.startswith("feed_forward.") or name in ("ffn_norm.inverse_rms", "ffn_norm.output")
+    return ("layernorm" in modules and name.endswith("_norm.output")) or ("mlp" in modules and is_in_mlp)
 
 
 def _keys_and_values(config: RunConfig, z: Sizes) -> dict[str, int]:

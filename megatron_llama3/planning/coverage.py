@@ -58,7 +58,7 @@ def features_of(config: RunConfig) -> list[str]:
     p, model = config.parallel, config.model
     lengths = [len(c.layers) for c in layers_of_chunks(model, p)]
     n, stages = p.microbatch_group_size_per_vp_stage, p.pipeline_model_parallel_size
-    recompute = " ".join(str(x) for x in (p.recompute_granularity, p.recompute_method) if x)
+    recompute = " ".join(str(x) for x in (p.recompute_granularity, p.recompute_method, *p.recompute_modules) if x)
     features = {
         f"engine {p.engine}" + (f", ZeRO-{p.zero_stage}" if p.engine == "deepspeed" else ""): True,
         "optimizer offload": p.optimizer_cpu_offload,

@@ -55,7 +55,7 @@ def _layout(config: RunConfig) -> list[str]:
     }
     degrees = " x ".join(f"{name} {size:,}" for name, size in sizes.items())
     engine = p.engine if p.engine == "fsdp" else f"deepspeed ZeRO-{p.zero_stage}" + ", optimizer on the CPU" * p.optimizer_cpu_offload
-    recompute = {None: "no recomputation", "selective": "core attention recomputed"}.get(p.recompute_granularity)
+    recompute = {None: "no recomputation", "selective": f"{' and '.join(p.recompute_modules)} recomputed"}.get(p.recompute_granularity)
     recompute = recompute or f"layers recomputed ({p.recompute_method} {p.recompute_num_layers})"
     parts = [
         f"{p.world_size:,} rank{'s' * (p.world_size > 1)} = {degrees}",

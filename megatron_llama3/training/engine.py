@@ -178,6 +178,7 @@ class Engine(ABC):
             recompute_granularity=p.recompute_granularity,
             recompute_method=p.recompute_method,
             recompute_num_layers=p.recompute_num_layers,
+            recompute_modules=p.recompute_modules,
         )
         chunks = {}
         for number, content in enumerate(layers_of_chunks(c.model, p)):

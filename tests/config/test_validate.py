@@ -10,6 +10,7 @@ _405B = (
     "--bf16 --num-layers-per-virtual-pipeline-stage 1 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split "
 )
 _PP2 = "--world-size 2 --pipeline-model-parallel-size 2 "
+_FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _PP4_8_LAYERS = "--world-size 4 --pipeline-model-parallel-size 4 --num-layers 8 "
 
 # flags, and what the one line must contain
@@ -55,12 +56,16 @@ REFUSED = [
     ("--decoder-last-pipeline-num-layers 2", ["2", "--pipeline-model-parallel-size 1"]),
     ("--account-for-embedding-in-pipeline-split", ["--account-for-embedding", "--pipeline-model-parallel-size 1"]),
     ("--pipeline-schedule zero-bubble", ["zero-bubble", "--pipeline-model-parallel-size 1"]),
-    (_PP2 + "--pipeline-schedule zero-bubble --recompute-granularity selective", ["zero-bubble", "selective"]),
+    (_PP2 + f"--pipeline-schedule zero-bubble {_FULL}", ["zero-bubble", "full"]),
     (_PP2 + "--pipeline-schedule zero-bubble --compile-blocks", ["zero-bubble", "--compile-blocks"]),
     (_PP2 + "--microbatch-group-size-per-vp-stage 0", ["--microbatch-group-size-per-vp-stage 0"]),
     ("--recompute-granularity full", ["full", "--recompute-method (is None)"]),
     ("--recompute-granularity full --recompute-method block", ["full", "--recompute-num-layers (is None)"]),
-    ("--recompute-granularity selective --recompute-num-layers 1", ["selective", "--recompute-num-layers 1"]),
+    ("--recompute-granularity selective --recompute-modules mlp --recompute-num-layers 1", ["selective", "--recompute-num-layers 1"]),
+    ("--recompute-granularity selective", ["--recompute-modules layernorm and/or mlp", "core_attn"]),
+    ("--recompute-granularity selective --recompute-modules core_attn", ["core_attn", "scores", "layernorm and/or mlp"]),
+    ("--recompute-granularity selective --recompute-modules mlp moe", ["mlp moe", "moe saves nothing", "layernorm and/or mlp"]),
+    ("--recompute-modules layernorm", ["--recompute-modules layernorm", "--recompute-granularity selective", "None"]),
     ("--recompute-method block", ["--recompute-method block", "None"]),
     ("--recompute-granularity full --recompute-method block --recompute-num-layers 9", ["--recompute-num-layers 9", "--num-layers 4"]),
     ("--seq-length 8200", ["8200", "--max-position-embeddings 8192"]),
@@ -100,8 +105,8 @@ REFUSED = [
     ("--lr-warmup-iters 10 --train-iters 10", ["--lr-warmup-iters 10", "10"]),
     ("--use-rope-scaling --rope-scaling-high-freq-factor 1", ["1.0"]),
     (
-        "--world-size 2 --tensor-model-parallel-size 2 --compile-blocks --recompute-granularity selective",
-        ["selective", "--compile-blocks", "--tensor-model-parallel-size 2"],
+        "--world-size 2 --tensor-model-parallel-size 2 --compile-blocks --recompute-granularity selective --recompute-modules mlp",
+        ["--recompute-modules mlp", "--compile-blocks", "--tensor-model-parallel-size 2"],
     ),
     ("--attention-kernel varlen", ["varlen", "float32", "--bf16"]),
 ]

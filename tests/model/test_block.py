@@ -95,8 +95,9 @@ def local_slice(x: Tensor, dim: int | None, tp: TensorParallel) -> Tensor:
     return x if dim is None else x.chunk(tp.size, dim)[tp.rank]
 
 
-def build(tp: TensorParallel, cp_group, **options) -> Llama:
-    chunk = Llama(MODEL, tp, cp_group, has_embedding=False, has_output=False, options=BuildOptions(torch.float64, torch.float64, **options))
+def build(tp: TensorParallel, cp_group, recompute: tuple[str, ...]) -> Llama:
+    options = BuildOptions(torch.float64, torch.float64, recompute_modules=recompute)
+    chunk = Llama(MODEL, tp, cp_group, has_embedding=False, has_output=False, options=options)
     for name, parameter in chunk.layers["0"].named_parameters():
         dim = chunk.specs[f"layers.0.{name}"].split_dim_at(tp.size)
         parameter.data = local_slice(weights()[name], dim, tp).clone()
@@ -112,11 +113,11 @@ def whole(x: Tensor | None, dim: int | None, tp: TensorParallel) -> Tensor | Non
     return torch.cat(parts, dim) if dim is not None else sum(parts)
 
 
-def _ours(parallel: ParallelConfig, frozen: tuple[str, ...], is_deferred: bool, options: dict) -> dict[str, Tensor]:
+def _ours(parallel: ParallelConfig, frozen: tuple[str, ...], is_deferred: bool, recompute: tuple[str, ...]) -> dict[str, Tensor]:
     groups = initialize_groups(parallel)
     deferred = DeferredWeightGradients() if is_deferred else None
     tp = TensorParallel(groups.tp, parallel.sequence_parallel, deferred=deferred)
-    chunk = build(tp, groups.cp, **options)
+    chunk = build(tp, groups.cp, recompute)
     for name, parameter in chunk.layers["0"].named_parameters():
         parameter.requires_grad_(not name.endswith(frozen))
     sequence = 0 if tp.sequence_parallel else None
@@ -143,18 +144,21 @@ LAYOUTS = {
     "tp 4 of 2 KV heads": {"tensor_model_parallel_size": 4, "world_size": 4},
     "tp 4 of 2 KV heads, sp": {"tensor_model_parallel_size": 4, "world_size": 4, "sequence_parallel": True},
 }
-CASES = {  # (frozen weights, zero bubble's weight half)
-    "at once": ((), False),
-    "weights later": ((), True),
-    "some frozen": (("wq.weight", "w1.weight", "w3.weight", "w2.weight", "ffn_norm.weight"), False),
+CASES = {  # (frozen weights, zero bubble's weight half, --recompute-modules)
+    "at once": ((), False, ()),
+    "weights later": ((), True, ()),
+    "some frozen": (("wq.weight", "w1.weight", "w3.weight", "w2.weight", "ffn_norm.weight"), False, ()),
+    "norms made again": ((), False, ("layernorm",)),
+    "feed-forward made again": ((), False, ("mlp",)),
+    "both, weights later": ((), True, ("layernorm", "mlp")),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_the_textbook_s(layout, case):
-    parallel, (frozen, is_deferred) = ParallelConfig(**LAYOUTS[layout]), CASES[case]
-    for result in run_ranks(parallel.world_size, _ours, parallel, frozen, is_deferred, {}):
+    parallel, (frozen, *rest) = ParallelConfig(**LAYOUTS[layout]), CASES[case]
+    for result in run_ranks(parallel.world_size, _ours, parallel, frozen, *rest):
         for name, value in expected().items():
             if name.endswith(frozen or "-"):
                 assert result[name] is None

@@ -26,7 +26,7 @@ AXES: dict[str, tuple] = {
     "n": (None, 1, 3),
     "split": ("even", "embedding", "loss", "embedding+loss", "uneven"),
     "engine": ("fsdp",),
-    "recompute": (None, "full-uniform-1", "full-uniform-2", "full-block-1", "selective"),
+    "recompute": (None, "full-uniform-1", "full-uniform-2", "full-block-1", "selective-layernorm", "selective-mlp"),
     "tied": (False, True),
     "kv_heads": (1, 2, 3),
     "frozen": (False, True),
@@ -80,6 +80,7 @@ def config_of(row: Row, dtype: str = "fp64") -> RunConfig:
 
 def _parallel(row: Row) -> ParallelConfig:
     granularity, method, count = (*(row["recompute"] or "--").split("-"), None, None)[:3]
+    modules = [method] if granularity == "selective" else []
     engine, stage, offload = (*row["engine"].replace("-zero", "").split("-"), "1", "")[:3]
     per_rank = row["v"] if row["split"] == "uneven" else None
     return ParallelConfig(
@@ -100,7 +101,8 @@ def _parallel(row: Row) -> ParallelConfig:
         zero_stage=int(stage),
         optimizer_cpu_offload=offload == "offload",
         recompute_granularity=granularity or None,
-        recompute_method=method or None,
+        recompute_method=None if modules else method or None,
+        recompute_modules=modules,
         recompute_num_layers=int(count) if count else None,
         compile_blocks=row.get("compile", False),
     )
@@ -161,7 +163,7 @@ def random_rows(generator: random.Random, axes: dict[str, tuple] = AXES) -> Iter
         row["sp"] = row["sp"] and row["tp"] > 1
         row["n"] = row["n"] if row["v"] > 1 else None
         row["reduce_every"] = row["reduce_every"] if row["dp"] * row["cp"] > 1 else None
-        row["recompute"] = row["recompute"] if row["schedule"] == "1f1b" else None
+        row["recompute"] = row["recompute"] if row["schedule"] == "1f1b" or "selective" in (row["recompute"] or "") else None
         if accepted(row):
             yield row
 

@@ -201,7 +201,7 @@ COMPILED: list[Row] = [
     for row in (
         {"tp": 2, "sp": True},
         {"tp": 2, "sp": True, "recompute": "full-uniform-1"},
-        {"dp": 2, "recompute": "selective"},
+        {"dp": 2, "recompute": "selective-layernorm"},
         {"pp": 2, "v": 2, "recompute": "full-uniform-1"},
         {"cp": 2, "dp": 2},
     )
