@@ -8,14 +8,24 @@ from functools import cache
 from typing import Any
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), aliases: tuple[str, ...] = (), zero_ok: bool = False) -> Any:
-    """A dataclass field with its help text, the values it admits, and other spellings of its flag. Numbers are above 0 unless `zero_ok`."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "zero_ok": zero_ok})
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+    zero_ok: bool = False,
+    needs: str | None = None,
+) -> Any:
+    """A dataclass field with its help text, the values it admits, and other spellings of its flag. Numbers are above 0 unless `zero_ok`;
+    without the field `needs` of the same group it has no effect."""
+    metadata = {"help": help, "choices": choices, "aliases": aliases, "zero_ok": zero_ok, "needs": needs}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def list_option(help: str, *, default: tuple = (), nargs: str = "*") -> dict[str, Any]:
+def list_option(help: str, *, default: tuple = (), nargs: str = "*", needs: str | None = None) -> dict[str, Any]:
     """Keyword arguments of `dataclasses.field` for a list; `nargs` is argparse's."""
-    return {"default_factory": lambda: list(default), "metadata": {"help": help, "nargs": nargs}}
+    return {"default_factory": lambda: list(default), "metadata": {"help": help, "nargs": nargs, "needs": needs}}
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class FieldSpec:
     choices: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     zero_ok: bool = False
+    needs: str | None = None
     nargs: str | None = None
 
     @property

@@ -20,10 +20,16 @@ class ModelConfig:
     norm_epsilon: float = option(1e-5, "RMSNorm epsilon.")
     rotary_base: int = option(500_000, "RoPE theta.")
     use_rope_scaling: bool = option(False, "Llama 3.1's scaling of RoPE frequencies for 128K contexts.")
-    rope_scaling_factor: float = option(8.0, "RoPE scaling: low frequencies are divided by this.")
-    rope_scaling_low_freq_factor: float = option(1.0, "RoPE scaling: wavelengths above original length / this are fully scaled.")
-    rope_scaling_high_freq_factor: float = option(4.0, "RoPE scaling: wavelengths below original length / this are left alone.")
-    rope_scaling_original_max_position_embeddings: int = option(8192, "RoPE scaling: context length before scaling.")
+    rope_scaling_factor: float = option(8.0, "RoPE scaling: low frequencies are divided by this.", needs="use_rope_scaling")
+    rope_scaling_low_freq_factor: float = option(
+        1.0, "RoPE scaling: wavelengths above original length / this are fully scaled.", needs="use_rope_scaling"
+    )
+    rope_scaling_high_freq_factor: float = option(
+        4.0, "RoPE scaling: wavelengths below original length / this are left alone.", needs="use_rope_scaling"
+    )
+    rope_scaling_original_max_position_embeddings: int = option(
+        8192, "RoPE scaling: context length before scaling.", needs="use_rope_scaling"
+    )
     untie_embeddings_and_output_weights: bool = option(True, "Separate input and output embeddings (all sizes but 1B and 3B).")
     init_method_std: float = option(0.02, "Standard deviation of initial weights.")
 

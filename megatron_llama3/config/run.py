@@ -74,7 +74,9 @@ class TrainingConfig:
     attention_kernel: str = option("auto", "Attention backend.", choices=("auto", "sdpa", "flex", "varlen", "reference"))
     loss_chunk_size: int = option(1024, "Tokens whose logits are held at a time.")
     manual_gc: bool = option(False, "Collect Python's garbage at the same steps on every rank, and at no other time.")
-    manual_gc_interval: int = option(0, "With --manual-gc: steps between collections; 0: only at the start.", zero_ok=True)
+    manual_gc_interval: int = option(
+        0, "With --manual-gc: steps between collections; 0: only at the start.", zero_ok=True, needs="manual_gc"
+    )
     exit_interval: int | None = option(None, "Save and exit when the step is divisible by this.")
     exit_duration_in_mins: int | None = option(None, "Save and exit after this many minutes.")
     exit_signal_handler: bool = option(False, "On SIGTERM or SIGUSR1 save and exit, with status 75 if steps are left to do.")
@@ -83,7 +85,9 @@ class TrainingConfig:
         300.0, "Seconds without a step after which the rank that is behind is named and the run ends; 0: never.", zero_ok=True
     )
     check_for_spiky_loss: bool = option(False, "Skip steps whose loss is far above the recent ones, as those that are not finite.")
-    spiky_loss_factor: float = option(2.0, "With --check-for-spiky-loss: how many times the median of recent losses is a spike.")
+    spiky_loss_factor: float = option(
+        2.0, "With --check-for-spiky-loss: how many times the median of recent losses is a spike.", needs="check_for_spiky_loss"
+    )
     max_skips_in_a_row: int = option(5, "Steps skipped in a row before the run goes back to its last checkpoint and on with new data.")
 
 
@@ -118,20 +122,22 @@ class LoggingConfig:
     log_interval: int = option(1, "Steps between log lines.")
     log_dir: str | None = option(None, "Folder of metrics.jsonl and events.jsonl; default the save folder.")
     log_straggler: bool = option(False, "Measure each rank's own work and name ranks that are slow.")
-    straggler_interval: int = option(50, "With --log-straggler: steps between comparisons of all ranks.")
-    straggler_factor: float = option(1.3, "With --log-straggler: how many times the median of all ranks is slow.")
+    straggler_interval: int = option(50, "With --log-straggler: steps between comparisons of all ranks.", needs="log_straggler")
+    straggler_factor: float = option(1.3, "With --log-straggler: how many times the median of all ranks is slow.", needs="log_straggler")
     tensorboard_dir: str | None = option(None, "Folder of TensorBoard's files; unset, none are written.")
     profile: bool = option(False, "Trace a window of steps into profile/ of the log folder (torch.profiler; opens in Perfetto).")
-    profile_step_start: int = option(10, "With --profile: steps of the run before the first traced one.")
-    profile_step_end: int = option(12, "With --profile: the last traced step.")
-    profile_ranks: list[int] = field(**list_option("With --profile: the ranks that are traced (default 0).", default=(0,), nargs="+"))
+    profile_step_start: int = option(10, "With --profile: steps of the run before the first traced one.", needs="profile")
+    profile_step_end: int = option(12, "With --profile: the last traced step.", needs="profile")
+    profile_ranks: list[int] = field(
+        **list_option("With --profile: the ranks that are traced (default 0).", default=(0,), nargs="+", needs="profile")
+    )
     record_memory_history: bool = option(
         False, "Keep the CUDA allocator's history; written into memory/ of the log folder when the device is out of memory, and at the end."
     )
     wandb_project: str | None = option(None, "Weights & Biases project; unset, W&B is not used.")
-    wandb_exp_name: str | None = option(None, "Weights & Biases run name.")
-    wandb_save_dir: str | None = option(None, "Folder of W&B's local files.")
-    wandb_mode: str = option("offline", "Whether W&B talks to its server.", choices=("offline", "online"))
+    wandb_exp_name: str | None = option(None, "Weights & Biases run name.", needs="wandb_project")
+    wandb_save_dir: str | None = option(None, "Folder of W&B's local files.", needs="wandb_project")
+    wandb_mode: str = option("offline", "Whether W&B talks to its server.", choices=("offline", "online"), needs="wandb_project")
 
 
 @dataclass(kw_only=True)

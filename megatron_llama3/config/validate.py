@@ -78,6 +78,7 @@ def refusals(config: "RunConfig") -> Iterator[str]:
     yield from out_of_range
     if out_of_range:
         return  # the checks below divide by these
+    yield from _without_effect(config)
     yield from _model(config)
     yield from _tensor_parallel(config)
     yield from _pipeline(config)
@@ -99,6 +100,20 @@ def _out_of_range(config: "RunConfig") -> Iterator[str]:
                 yield f"{spec.flag} {number}: must be a finite number"
             elif number < 0 or (number == 0 and not spec.zero_ok and not spec.is_list):
                 yield f"{spec.flag} {number}: must be {'0 or more' if spec.zero_ok or spec.is_list else 'above 0'}"
+
+
+def _without_effect(config: "RunConfig") -> Iterator[str]:
+    for spec in field_specs(type(config)):
+        group = getattr(config, spec.group)
+        value = getattr(group, spec.name)
+        if spec.needs is not None and value != spec.default and not getattr(group, spec.needs):
+            yield f"{spec.flag} {value} has no effect without {flag(spec.needs)}"
+    c = config.checkpoint
+    if c.save is None:
+        for name in ("save_interval", "keep_last", "keep_every", "auto_resume", "overwrite_save"):
+            if getattr(c, name):
+                value = "" if getattr(c, name) is True else f" {getattr(c, name)}"
+                yield f"{flag(name)}{value} is given, but no --save folder"
 
 
 def _model(config: "RunConfig") -> Iterator[str]:
@@ -395,11 +410,6 @@ def missing_inputs(config: "RunConfig") -> Iterator[str]:
 
 def _checkpoint(config: "RunConfig") -> Iterator[str]:
     c = config.checkpoint
-    if c.save is None:
-        for name in ("save_interval", "keep_last", "keep_every", "auto_resume", "overwrite_save"):
-            if getattr(c, name):
-                value = "" if getattr(c, name) is True else f" {getattr(c, name)}"
-                yield f"{flag(name)}{value} is given, but no --save folder"
     if c.overwrite_save and c.auto_resume:
         yield "--overwrite-save deletes what --auto-resume would go on from: give one"
     if c.load is not None and c.load_hf is not None and not c.auto_resume:

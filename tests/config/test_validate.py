@@ -36,6 +36,13 @@ REFUSED = [
     ("--lr-decay-style WSD --train-iters 9", ["--lr-decay-style WSD", "--lr-wsd-decay-iters"]),
     ("--lr-wsd-decay-iters 3 --train-iters 9", ["--lr-wsd-decay-iters 3", "--lr-decay-style WSD"]),
     ("--lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-iters 2 --train-iters 9", ["--lr-wsd-decay-iters 8", "2", "9"]),
+    ("--save-interval 5", ["--save-interval 5 is given, but no --save folder"]),
+    ("--keep-last 2", ["--keep-last 2 is given, but no --save folder"]),
+    ("--rope-scaling-factor 32", ["--rope-scaling-factor 32.0 has no effect without --use-rope-scaling"]),
+    ("--wandb-exp-name x", ["--wandb-exp-name x has no effect without --wandb-project"]),
+    ("--spiky-loss-factor 9", ["--spiky-loss-factor 9.0 has no effect without --check-for-spiky-loss"]),
+    ("--profile-ranks 3", ["--profile-ranks [3] has no effect without --profile"]),
+    ("--manual-gc-interval 3", ["--manual-gc-interval 3 has no effect without --manual-gc"]),
     ("--profile", ["--profile", "--log-dir"]),
     ("--profile --log-dir x --profile-step-start 5 --profile-step-end 5", ["--profile-step-end 5", "--profile-step-start 5"]),
     ("--profile --log-dir x --profile-ranks 0 3", ["--profile-ranks 3", "1 rank"]),
@@ -148,11 +155,10 @@ def test_accepted(flags, monkeypatch):
 def test_a_real_run_needs_steps_data_and_folders(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError) as caught:
-        parse_run_config(["--load", str(tmp_path / "none"), "--save-interval", "5", "--data-path", "1.0", str(tmp_path / "text")])
+        parse_run_config(["--load", str(tmp_path / "none"), "--data-path", "1.0", str(tmp_path / "text")])
     assert str(caught.value).splitlines() == [
         "--train-iters 0: give the number of optimizer steps",
         f"--data-path {tmp_path}/text: no file {tmp_path}/text.bin",
-        "--save-interval 5 is given, but no --save folder",
         f"--load {tmp_path}/none: no such folder",
     ]
     for suffix in ("bin", "idx"):
