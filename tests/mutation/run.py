@@ -1,12 +1,13 @@
 """The mutation score: how many small faults in the source the tests notice. Needs minutes to hours, so no test starts it.
 
-    python -m tests.mutation.run --count 300 --seed 1 --results DIR [--part default] [--share 1/2]
+    python -m tests.mutation.run --count 300 --seed 1 --results DIR [--part near | default] [--only training/stop] [--share 1/2]
     python -m tests.mutation.run --results DIR --report
 
 One process imports what the tests import, but nothing of ours, and forks a child for each mutant and stage, which runs pytest at once in a
 copy of the working tree that holds the mutant; processes that the tests start see the same copy. Tests that have killed in the same file
 come first, then the mirrored file, those that import the module, its folder and the rest that can reach it. A test that fails also without
 the mutant is left out. What is in DIR is not run again: a killed run goes on, and `--part default` takes what the quick part let live.
+`--part near` has the quick tests of the mirrored file and of those that import the module alone: seconds a mutant, while one writes them.
 """
 
 import argparse
@@ -36,8 +37,9 @@ ROOT = Path(__file__).parents[2]
 OURS = ("megatron_llama3", "tests", "tools", "benchmarks")
 MUTATED = ("parallel/*", "model/*", "training/*", *(f"data/{name}" for name in ("packing", "loader", "blend")),
            *(f"checkpoint/{name}" for name in ("store", "compatibility")))  # fmt: skip
-MARKS = {"quick": "not slow and not full and not cuda", "default": "slow and not full and not cuda"}
-SECONDS_A_TEST = {"quick": 90.0, "default": 300.0}
+QUICK = "not slow and not full and not cuda"
+MARKS = {"near": QUICK, "quick": QUICK, "default": "slow and not full and not cuda"}
+SECONDS_A_TEST = {"near": 90.0, "quick": 90.0, "default": 300.0}
 STARTS_PROGRAMS = ("tools", "scripts", "recipes", "examples")  # folders of tests that reach modules without importing them
 KINDS = ("assertion", "exception", "time-out")
 FORK = multiprocessing.get_context("fork")
@@ -48,14 +50,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="mutants in the sample")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, required=True, help="folder of the results, JSON lines")
-    parser.add_argument("--part", choices=MARKS, default="quick", help="tests to run; default: on the survivors of quick")
+    parser.add_argument("--part", choices=MARKS, default="quick", help="tests to run; `default` on what survived `quick`")
+    parser.add_argument("--only", default="", help="part of the path of files to mutate")
     parser.add_argument("--share", default="1/1", help="K/N: every N-th mutant from the K-th on, for N runs side by side")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     arguments = parser.parse_args()
     results = Results(arguments.results)
     if not arguments.report:
         share, of = map(int, arguments.share.split("/"))
-        drawn = sample(all_mutants(ROOT), arguments.count, arguments.seed)[share - 1 :: of]
+        mutants = [mutant for mutant in all_mutants(ROOT) if arguments.only in mutant.path]
+        drawn = sample(mutants, arguments.count, arguments.seed)[share - 1 :: of]
         with tempfile.TemporaryDirectory(prefix="mut-") as folder:
             run(Server(Path(folder)), drawn, arguments.part, results)
     print(results.report())
@@ -93,20 +97,21 @@ class Results:
 
     def is_open(self, name: str, part: str) -> bool:
         of_it = {record["part"]: record for record in self.records() if record["mutant"] == name}
-        return part not in of_it and (part == "quick" or ("quick" in of_it and of_it["quick"]["kind"] is None))
+        has_lived = all(record["kind"] is None for record in of_it.values())
+        return part not in of_it and has_lived and (part != "default" or "quick" in of_it)
 
     def killers(self, path: str) -> list[str]:
         """Tests that have killed mutants of the same file, the most deadly first."""
         return [test for test, _ in Counter(r["test"] for r in self.records() if r["path"] == path and r["kind"]).most_common(8)]
 
     def report(self) -> str:
-        last = {record["mutant"]: record for record in sorted(self.records(), key=lambda r: r["part"], reverse=True)}
+        last = {record["mutant"]: record for record in self.records()}
         last |= {record["mutant"]: record for record in self.records() if record["kind"]}
         by_package = defaultdict(Counter)
         for record in last.values():
             for package in (Path(record["path"]).parent.name, "all"):
                 by_package[package].update(["mutants", record["kind"] or "lives"])
-                by_package[package]["killed by quick"] += bool(record["kind"]) and record["part"] == "quick"
+                by_package[package]["killed by quick"] += bool(record["kind"]) and record["part"] != "default"
         columns = ["mutants", "killed by quick", *KINDS, "lives"]
         lines = [f"| package | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         lines += [f"| {name} | {' | '.join(str(counts[c]) for c in columns)} |" for name, counts in by_package.items()]
@@ -138,7 +143,8 @@ class Server:
         source = path.read_text()
         for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
             cached.unlink()  # children write none, so the file is always compiled
-        for tests in ([test for test in killers if test.partition("::")[0] in self.test_files], *self._files(mutant.path)):
+        near, far = self._files(mutant.path)
+        for tests in ([test for test in killers if test.partition("::")[0] in self.test_files], near, far if part != "near" else []):
             while True:
                 path.write_text(mutant.apply(source))
                 kill = self._first_failure(tests, part)

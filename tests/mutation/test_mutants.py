@@ -96,6 +96,7 @@ def test_a_killed_run_goes_on_and_the_default_part_takes_what_lives(tmp_path, ca
         results.add(common | {"mutant": name, "path": "megatron_llama3/model/x.py", "part": part, "test": test, "kind": kind})
     again = Results(tmp_path)
     assert [name for name in "abcde" if again.is_open(name, "quick")] == ["e"]
+    assert [name for name in "abcde" if again.is_open(name, "near")] == ["b", "e"]
     assert [name for name in "abcde" if again.is_open(name, "default")] == ["b"]
     assert again.killers("megatron_llama3/model/x.py") == ["t.py::one", "t.py::slow"]
     assert again.report().splitlines() == [
