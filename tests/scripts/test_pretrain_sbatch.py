@@ -104,3 +104,28 @@ def test_a_node_without_an_address_is_one_line(slurm):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "scontrol show node ghost1 gives no NodeAddr" in done.stderr
+
+
+def test_a_missing_program_is_not_requeued_and_the_reason_is_in_the_jobs_log(slurm):
+    done = slurm("exit 127")
+    assert done.returncode == 2
+    assert "rank 0 on gpu7: status 127 (see" in done.stdout
+    assert "a program or script is missing or cannot be run; not requeued" in done.stdout
+    assert "scontrol" not in done.stdout
+
+
+def test_the_jobs_log_has_the_words_of_the_first_rank_that_failed(slurm, tmp_path):
+    (tmp_path / "logs").mkdir()
+    # The real srun writes what a rank prints into this file; here the program does it.
+    say = 'mkdir -p "$LOGS"; ((RANK == 1)) || exit 75; echo "error: --lr -1: must be above 0" >>"$LOGS/rank_00001_gpu8.log"; exit 2'
+    done = slurm(say)
+    assert done.returncode == 2
+    assert "rank 1 on gpu8: status 2: error: --lr -1: must be above 0 (see" in done.stdout
+    assert "a flag or a file was refused; not requeued" in done.stdout
+
+
+def test_the_rendezvous_is_where_rank_0_is_placed(slurm, tmp_path):
+    (tmp_path / "hosts").write_text("gpu7\ngpu9\ngpu7\n")
+    arbitrary = {"SLURM_DISTRIBUTION": "arbitrary", "SLURM_HOSTFILE": str(tmp_path / "hosts"), "SLURM_JOB_NODELIST": "none"}
+    done = slurm('echo "at $MASTER_ADDR"', **arbitrary)
+    assert "at 10.0.0.7" in done.stdout
