@@ -75,13 +75,13 @@ def _chunk(source: WeightSource, layers: list[int], has_embedding: bool = False,
 
 
 def _transformers_logits(kind: str, path: Path, tokens: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     folder, options = (path, {}) if kind == "hf" else (path.parent, {"gguf_file": path.name})
     with redirect_stderr(io.StringIO()):  # progress bars; failures are exceptions
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options).eval()
     with torch.no_grad():
         for weight in model.parameters() if dtype else ():
             weight.copy_(weight.to(dtype))

@@ -31,6 +31,7 @@ class ModelConfig:
         8192, "RoPE scaling: context length before scaling.", needs="use_rope_scaling"
     )
     untie_embeddings_and_output_weights: bool = option(True, "Separate input and output embeddings (all sizes but 1B and 3B).")
+    qk_layernorm: bool = option(False, "Norm of each head's queries and keys before RoPE (not in Llama 3; Qwen3 is Llama with it).")
     init_method_std: float = option(0.02, "Standard deviation of initial weights.")
 
     @property

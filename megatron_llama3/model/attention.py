@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
+from megatron_llama3.model.norm import RMSNorm
 from megatron_llama3.model.rope import apply_rotary
 from megatron_llama3.model.sharding import layer_weights
 from megatron_llama3.parallel.context_parallel import gather_keys_values
@@ -239,6 +240,9 @@ class Attention(nn.Module):
         if tp.size > 1 and kv_split is None:
             head = tp.rank * config.num_query_groups // tp.size
             self.kv_rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
+        self.q_norm = self.k_norm = None
+        if config.qk_layernorm:
+            self.q_norm, self.k_norm = (RMSNorm(weight(f"attention.{w}.weight"), config.norm_epsilon) for w in ("q_norm", "k_norm"))
         self.core = KERNELS[kernel].attend
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: Any, cache=None, recipe: Recipe | None = None) -> Tensor:
@@ -246,6 +250,8 @@ class Attention(nn.Module):
         `recipe`: how x is made again in the backward pass, where it is not kept."""
         weights = [self.wq.local, self._kv_part(self.wk), self._kv_part(self.wv)]
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.tp.columns(x, weights, recipe))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         if cache is not None:
             k, v = cache.append(k, v)

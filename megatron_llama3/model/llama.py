@@ -7,7 +7,6 @@ h = hidden size. Activations are [s, b, h] throughout: what passes between pipel
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.attention import KERNELS, Attention, AttentionMask, choose_kernel
 from megatron_llama3.model.initial_weights import initial_weight
 from megatron_llama3.model.loss import token_log_probs
+from megatron_llama3.model.norm import RMSNorm
 from megatron_llama3.model.rope import rotary_frequencies, rotary_table
 from megatron_llama3.model.sharding import weight_table
 from megatron_llama3.parallel.linear import Recipe
@@ -61,31 +61,6 @@ class BuildOptions:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     recompute_modules: Sequence[str] = ()
-
-
-@lru_cache(maxsize=1)
-def fused_norm() -> tuple[str, Callable[[Tensor, Tensor, float], Tensor]]:
-    """The RMSNorm function in use and its name: NVIDIA apex's where it is installed (PyPI's `apex` is another package), else torch's."""
-    try:
-        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
-    except ImportError:
-        return "torch", lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
-    return "apex", lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, weight: Tensor, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.eps = eps
-        self.normalize = fused_norm()[1]  # found here and not in forward, where torch.compile would trace the import
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x, local_part(self.weight), self.eps)
-
-    def recipe(self, x: Tensor) -> Recipe:
-        """How `self(x)` is made again, of tensors that its own backward pass needs anyway."""
-        return Recipe(partial(self.normalize, eps=self.eps), (x.detach(), local_part(self.weight).detach()))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

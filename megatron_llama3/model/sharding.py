@@ -92,7 +92,7 @@ def layer_weights(config: ModelConfig) -> dict[str, WeightSpec]:
     std = config.init_method_std
     out_std = std / math.sqrt(2 * config.num_layers)
     heads = PartialOver.HEADS
-    return {
+    table = {
         "attention_norm.weight": _residual_norm(config),
         "attention.wq.weight": WeightSpec(queries, 0, head, std, partial_over=heads, is_rotated=True),
         "attention.wk.weight": WeightSpec(keys, 0, head, std, partial_over=heads, is_rotated=True),
@@ -103,6 +103,10 @@ def layer_weights(config: ModelConfig) -> dict[str, WeightSpec]:
         "feed_forward.w2.weight": WeightSpec((hidden, ffn), 1, initial=out_std),
         "feed_forward.w3.weight": WeightSpec((ffn, hidden), 0, initial=std),
     }
+    if config.qk_layernorm:
+        norm = WeightSpec((head,), initial="ones", decays=False, partial_over=heads, is_rotated=True)
+        table |= {"attention.q_norm.weight": norm, "attention.k_norm.weight": norm}
+    return table
 
 
 def _residual_norm(config: ModelConfig) -> WeightSpec:

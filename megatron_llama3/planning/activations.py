@@ -70,7 +70,19 @@ def kept_by_layer(config: RunConfig, tokens: int) -> dict[str, int]:
         "feed_forward.w1x": z.wide,
         "feed_forward.w3x": z.wide,
     }
+    kept |= _kept_by_qk_norms(config, z)
     return {name: size for name, size in kept.items() if not _is_made_again(config, name)}
+
+
+def _kept_by_qk_norms(config: RunConfig, z: Sizes) -> dict[str, int]:
+    if not config.model.qk_layernorm:
+        return {}
+    return {
+        "q_norm.input": z.queries,
+        "k_norm.input": z.keys,
+        "q_norm.inverse_rms": z.log_sums,  # one a head and token, as those are
+        "k_norm.inverse_rms": z.log_sums * z.keys // z.queries,
+    }
 
 
 def _is_made_again(config: RunConfig, name: str) -> bool:
@@ -133,6 +145,7 @@ def backward_steps(config: RunConfig, tokens: int) -> list[Step]:
     again = z.gathered if p.sequence_parallel else 0
     column_layers = again + z.gathered + z.between  # their input, its gradient, and that summed over TP
     keys_values = 2 * z.keys * p.context_parallel_size
+    qk_norms = _kept_by_qk_norms(config, z)
     return [
         Step(("feed_forward.w2",), again + 2 * z.wide, ()),  # the product made again, and its gradient
         Step((), 3 * z.wide, ("feed_forward.w1x", "feed_forward.w3x")),
@@ -140,6 +153,7 @@ def backward_steps(config: RunConfig, tokens: int) -> list[Step]:
         Step(("ffn_norm",), 2 * z.between, ("ffn_norm.input", "ffn_norm.inverse_rms")),
         Step(("attention.wo",), again + z.queries, ()),
         Step((), 2 * z.queries + keys_values, ("queries", *_keys_and_values(config, z), "attention.result", "log_sums")),
+        *([Step(("attention.q_norm", "attention.k_norm"), 2 * (z.queries + z.keys), tuple(qk_norms))] if qk_norms else []),
         Step(("attention.wq", "attention.wk", "attention.wv"), column_layers + z.queries + 2 * z.keys, ("attention_norm.output",)),
         Step(("attention_norm",), 2 * z.between, ("attention_norm.input", "attention_norm.inverse_rms")),
     ]

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megatron_llama3.model import llama
+from megatron_llama3.model import llama, norm
 from megatron_llama3.training import engine
 
 
@@ -50,7 +50,7 @@ def stand_ins(fake: FakeTensorMode) -> Iterator[None]:
     """While it lasts, engines can be built and steps be run under `fake`."""
     with ExitStack() as stack:
         for owner, name, value in (
-            (llama, "fused_norm", lambda: ("stand-in", FusedNorm.apply)),
+            (norm, "fused_norm", lambda: ("stand-in", FusedNorm.apply)),
             (llama, "initial_weight", lambda name, spec, seed, size, rank: torch.empty(spec.local_shape(size, rank))),
             (llama, "choose_kernel", lambda name, device, dtype: "varlen"),
             (engine, "make_microbatches", _made_fake(engine.make_microbatches, fake)),

@@ -77,7 +77,7 @@ def _run(config: RunConfig, groups, streams, stop: StopReasons, lock, since: flo
 def _kernels(config: RunConfig, engine) -> str:
     """What the model computes with, as a line for the log."""
     from megatron_llama3.model.attention import choose_kernel
-    from megatron_llama3.model.llama import fused_norm
+    from megatron_llama3.model.norm import fused_norm
 
     kernel = choose_kernel(config.training.attention_kernel, engine.groups.device, engine.compute_dtype)
     return f"attention kernel: {kernel}; RMSNorm: {fused_norm()[0]}; engine: {config.parallel.engine}"

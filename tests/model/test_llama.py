@@ -14,7 +14,8 @@ from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.config.parallel import ParallelConfig
 from megatron_llama3.inference.load import load_llama
 from megatron_llama3.model.attention import AttentionMask
-from megatron_llama3.model.llama import BuildOptions, Llama, ModelInputs, fused_norm
+from megatron_llama3.model.llama import BuildOptions, Llama, ModelInputs
+from megatron_llama3.model.norm import fused_norm
 from megatron_llama3.parallel.groups import initialize_groups
 from megatron_llama3.parallel.tensor_parallel import TensorParallel
 from megatron_llama3.planning.local_ranks import run_ranks

@@ -65,6 +65,7 @@ def config_of(row: Row, dtype: str = "fp64") -> RunConfig:
         use_rope_scaling=True,
         rope_scaling_original_max_position_embeddings=32,
         untie_embeddings_and_output_weights=not row["tied"],
+        qk_layernorm=row.get("qk_norm", False),
     )
     config.data.seq_length = 48
     config.data.reset_position_ids = row["positions"] == "reset"

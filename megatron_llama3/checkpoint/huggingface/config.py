@@ -27,11 +27,12 @@ _ROPE_NUMBERS = {
     "high_freq_factor": "rope_scaling_high_freq_factor",
     "original_max_position_embeddings": "rope_scaling_original_max_position_embeddings",
 }
-_CHANGED_VALUE = {"kv_channels", "rotary_base", "use_rope_scaling", "untie_embeddings_and_output_weights"}  # head_dim, rope_*, tie_*
+# head_dim, rope_*, tie_*, model_type
+_CHANGED_VALUE = {"kv_channels", "rotary_base", "use_rope_scaling", "untie_embeddings_and_output_weights", "qk_layernorm"}
 _OPTIONAL = {"initializer_range": 0.02, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}  # LlamaConfig's defaults
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What our model is, as Hugging Face says it: any other value is another model.
 _REQUIRED = {
-    "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -39,13 +40,18 @@ _REQUIRED = {
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
     "sliding_window": None,
+    "use_sliding_window": False,
     "quantization_config": None,
 }
-_READ_ELSEWHERE = {"rope_parameters", "rope_scaling", "rope_theta", "head_dim", "tie_word_embeddings", "architectures"}
-_WITHOUT_EFFECT = {  # bookkeeping, and `pretraining_tp`, which only splits the same products
+_READ_ELSEWHERE = {
+    *["architectures", "model_type", "layer_types", "head_dim", "tie_word_embeddings"],
+    *["rope_parameters", "rope_scaling", "rope_theta"],
+}
+_WITHOUT_EFFECT = {  # bookkeeping, `pretraining_tp`, which only splits the same products, and a bound on windows that are not used
     *TOKEN_IDS, "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp", "_name_or_path", "_attn_implementation",
     "is_llama_config", "transformers.js_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
     "id2label", "label2id", "problem_type", "is_encoder_decoder", "add_cross_attention", "unsloth_version", "unsloth_fixed",
+    "max_window_layers",
 }  # fmt: skip
 
 
@@ -58,11 +64,12 @@ def config_to_hf(model: ModelConfig, dtype: str = "bfloat16", token_ids: dict | 
     for field in fields(model):
         if field.name not in known and getattr(model, field.name) != field.default:
             raise UserError(f"--{field.name.replace('_', '-')} {getattr(model, field.name)}: Hugging Face's LlamaConfig has no such field")
-    theta = float(model.rotary_base)
+    theta, model_type = float(model.rotary_base), "qwen3" if model.qk_layernorm else "llama"
     scaling = {"rope_type": "llama3"} | {theirs: getattr(model, ours) for theirs, ours in _ROPE_NUMBERS.items()}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        **{key: _REQUIRED[key] for key in ("model_type", "hidden_act", "attention_bias", "mlp_bias", "attention_dropout")},
+        "model_type": model_type,
+        "architectures": [_ARCHITECTURES[model_type]],
+        **{key: _REQUIRED[key] for key in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")},
         **{theirs: getattr(model, ours) for theirs, ours in _SAME_VALUE.items()},
         "head_dim": model.head_dim,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
@@ -78,31 +85,37 @@ def config_to_hf(model: ModelConfig, dtype: str = "bfloat16", token_ids: dict | 
 
 
 def config_from_hf(config: dict, where: object = "config.json") -> ModelConfig:
-    """ModelConfig of a LlamaForCausalLM's `config.json`. `where` names the file in errors.
+    """ModelConfig of the `config.json` of a LlamaForCausalLM, or of a Qwen3ForCausalLM, which is one with norms of queries and keys.
+    `where` names the file in errors.
 
     Raises UserError for another architecture, a field that our model lacks, a missing field or one of another type, or two RoPE forms that
     disagree.
     """
-    architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    if config.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
+    model_type = str(config.get("model_type"))
+    architectures = config.get("architectures") or [_ARCHITECTURES.get(model_type)]
+    if model_type not in _ARCHITECTURES or architectures != [_ARCHITECTURES[model_type]]:
         named = architectures[0] if isinstance(architectures, list) else architectures
-        raise UserError(f"{where}: {named} (model_type {config.get('model_type')!r}) is not LlamaForCausalLM")
+        raise UserError(f"{where}: {named} (model_type {model_type!r}) is not {' or '.join(_ARCHITECTURES.values())}")
+    if any(kind != "full_attention" for kind in config.get("layer_types") or []):
+        raise UserError(f"{where}: layer_types is {config['layer_types']}; Llama 3 has 'full_attention' in all layers")
     for key, value in config.items():
         if key in _REQUIRED and value != _REQUIRED[key]:
             raise UserError(f"{where}: {key} is {value!r}; Llama 3 has {_REQUIRED[key]!r}")
         if key not in {*_REQUIRED, *_SAME_VALUE, *_READ_ELSEWHERE, *_WITHOUT_EFFECT} and value not in (None, False):
             raise UserError(f"{where}: unknown field {key} = {value!r}; remove it if it does not change the numbers of the model")
-    values = {}
+    values, is_qwen3 = {}, model_type == "qwen3"
     for theirs, ours in _SAME_VALUE.items():
         value = config.get(theirs)
-        if value is None:
+        if value is None and not is_qwen3:
             value = config["num_attention_heads"] if theirs == "num_key_value_heads" else _OPTIONAL.get(theirs)
         if value is None:
             raise UserError(f"{where}: the field {theirs} is missing")
         values[ours] = as_field(ours, value, theirs, where)
     tied = as_type(bool, config.get("tie_word_embeddings", False), "tie_word_embeddings", where)
-    model = ModelConfig(**values, untie_embeddings_and_output_weights=not tied, **_rope(config, where))
+    model = ModelConfig(**values, untie_embeddings_and_output_weights=not tied, qk_layernorm=is_qwen3, **_rope(config, where))
     head_dim = config.get("head_dim")
+    if is_qwen3 and head_dim is None:  # Qwen3Config's defaults are not LlamaConfig's: no real file relies on them
+        raise UserError(f"{where}: the field head_dim is missing")
     if head_dim not in (None, model.head_dim):
         model.kv_channels = as_type(int, head_dim, "head_dim", where)
     return model

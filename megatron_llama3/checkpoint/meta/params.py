@@ -67,6 +67,8 @@ def config_to_meta(model: ModelConfig, num_shards: int) -> dict:
     if model.head_dim * model.num_attention_heads != model.hidden_size:
         heads = f"{model.num_attention_heads} heads of {model.head_dim}"
         raise UserError(f"Meta's format has no head width of its own: {heads} are not the hidden size {model.hidden_size}")
+    if model.qk_layernorm:
+        raise UserError("--qk-layernorm: Meta's code has no norms of queries and keys")
     params = {key: getattr(model, ours) for key, ours in _SAME_VALUE.items()}
     params["n_kv_heads"] = max(model.num_query_groups, num_shards)
     params["rope_theta"] = float(model.rotary_base)

@@ -13,7 +13,7 @@ UNUSUAL = ModelConfig(
     num_layers=3, hidden_size=96, ffn_hidden_size=160, num_attention_heads=6, num_query_groups=2, kv_channels=32, vocab_size=777,
     max_position_embeddings=4096, norm_epsilon=3e-6, rotary_base=123_456, use_rope_scaling=True, rope_scaling_factor=32.0,
     rope_scaling_low_freq_factor=2.0, rope_scaling_high_freq_factor=5.0, rope_scaling_original_max_position_embeddings=1024,
-    untie_embeddings_and_output_weights=False, init_method_std=0.01,
+    untie_embeddings_and_output_weights=False, qk_layernorm=True, init_method_std=0.01,
 )  # fmt: skip
 
 
@@ -23,11 +23,14 @@ def test_every_field_of_model_config_survives():
     assert config_from_hf(config_to_hf(UNUSUAL)) == UNUSUAL
 
 
-def test_transformers_reads_every_field():
-    from transformers import LlamaConfig
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_transformers_reads_every_field(kind):
+    from transformers import CONFIG_MAPPING
 
-    written = config_to_hf(UNUSUAL, "float32", {"bos_token_id": 5, "eos_token_id": [6, 7]})
-    read = LlamaConfig.from_dict(dict(written))
+    model = dataclasses.replace(UNUSUAL, qk_layernorm=kind == "qwen3")
+    written = config_to_hf(model, "float32", {"bos_token_id": 5, "eos_token_id": [6, 7]})
+    assert (written["model_type"], config_from_hf(written)) == (kind, model)
+    read = CONFIG_MAPPING[kind].from_dict(dict(written))
     for key, value in written.items():
         if key not in ("rope_theta", "rope_scaling", "torch_dtype", "dtype"):
             assert getattr(read, key) == value, key
@@ -88,6 +91,11 @@ def test_defaults_of_older_configs():
         ({"rope_parameters": "llama3"}, "rope_parameters is 'llama3', no JSON object"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 10, "partial_rotary_factor": 0.5}}, "has .*partial_rotary_factor"),
         ({"rope_parameters": None, "rope_scaling": {"factor": 8.0}}, "rope_scaling of type 'default' has .*factor"),
+        ({"model_type": "qwen3"}, "LlamaForCausalLM .model_type 'qwen3'. is not"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*sliding_attention"),
+        ({"model_type": "qwen3", "architectures": None, "head_dim": None}, "head_dim is missing"),
+        ({"model_type": "qwen3", "architectures": None, "rms_norm_eps": None}, "rms_norm_eps is missing"),
     ],
 )
 def test_refusals(change, message):
