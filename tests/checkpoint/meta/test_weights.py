@@ -164,7 +164,7 @@ def test_shards_that_do_not_divide(tmp_path, shards, message):
 def test_every_field_of_model_config_survives():
     from tests.checkpoint.huggingface.test_config import UNUSUAL
 
-    model = dataclasses.replace(UNUSUAL, kv_channels=None)
+    model = dataclasses.replace(UNUSUAL, kv_channels=None, qk_layernorm=False)
     read = config_from_meta(config_to_meta(model, 1), model.vocab_size, model.ffn_hidden_size, True, "params.json")
     assert read == model
     with pytest.raises(UserError, match="no head width of its own"):
