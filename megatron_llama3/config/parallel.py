@@ -57,6 +57,10 @@ class ParallelConfig:
         **list_option("With 'selective': layernorm (both norms' outputs) and/or mlp (the feed-forward with its norm).")
     )
     compile_blocks: bool = option(False, "torch.compile each transformer block.")
+    device_memory_gib: float = option(79.1, "Memory of a GPU as torch sees it (H100 of 80 GB: 79.1); a dry run says whether it suffices.")
+    device_memory_reserve_gib: float = option(
+        5.0, "Of that, left for what is no tensor of the step: NCCL's buffers, the CUDA context, fragmentation.", zero_ok=True
+    )
 
     @property
     def model_parallel_size(self) -> int:

@@ -156,8 +156,9 @@ class Stretches(NamedTuple):
     start: int
     end: int
     key_rows: Tensor | None
-    """int64: which rows of the keys [b * end, ...] some query sees; None for all. A tensor, since a compiled block would be compiled anew
-    for other Python numbers."""
+    """int64: which rows of the keys [b * end, ...] some query sees; None where one range is the whole sequence. Under CP always rows, since
+    they are copied, and a view would keep the keys of all ranks for the backward pass. A tensor, since a compiled block would be compiled
+    anew for other Python numbers."""
     cumulative_queries: Tensor
     """int32 [stretches + 1]"""
     cumulative_keys: Tensor
@@ -180,7 +181,7 @@ def _stretches(mask: AttentionMask, start: int, end: int, batch: int) -> Stretch
         query_lengths += [e - max(a, start) for a, e in documents]
         key_lengths += [e - a for a, e in documents]
     cumulative = [to_device(np.cumsum([0, *x], dtype=np.int32), mask.device) for x in (query_lengths, key_lengths)]
-    rows = to_device(np.concatenate(key_rows), mask.device) if start else None
+    rows = to_device(np.concatenate(key_rows), mask.device) if len(mask.query_ranges) > 1 else None
     return Stretches(start, end, rows, *cumulative, _rounded_up(max(query_lengths), end - start), _rounded_up(max(key_lengths), end))
 
 

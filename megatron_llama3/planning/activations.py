@@ -53,13 +53,35 @@ def sizes(config: RunConfig, tokens: int) -> Sizes:
     )
 
 
+MADE_AGAIN = {
+    "layernorm": ("attention_norm.output", "ffn_norm.output"),
+    "mlp": ("ffn_norm.inverse_rms", "ffn_norm.output", "feed_forward.w1x", "feed_forward.w3x"),
+}
+"""What is not kept where `--recompute-modules` names a module."""
+
+
 def kept_by_layer(config: RunConfig, tokens: int) -> dict[str, int]:
     """Tensor name -> bytes that one layer keeps for its backward pass where it is not recomputed as a whole."""
+    made_again = {name for module in config.parallel.recompute_modules for name in MADE_AGAIN[module]}
+    return {name: size for name, size in tensors_of_layer(config, tokens).items() if name not in made_again}
+
+
+def made_again_by_layer(config: RunConfig, tokens: int) -> dict[str, int]:
+    """Tensor name -> bytes that a layer's backward pass makes again before it begins, and frees as if they had been kept."""
+    modules = config.parallel.recompute_modules
+    dropped = MADE_AGAIN["layernorm"] if "layernorm" in modules else ()  # made again for each product alone
+    names = [name for name in MADE_AGAIN["mlp"] if name not in dropped] if "mlp" in modules else []
+    return {name: size for name, size in tensors_of_layer(config, tokens).items() if name in names}
+
+
+def tensors_of_layer(config: RunConfig, tokens: int) -> dict[str, int]:
+    """Tensor name -> bytes of everything that a layer's backward pass reads, in the order in which the forward pass makes it."""
     z = sizes(config, tokens)
-    kept = {
+    return {
         "attention_norm.input": z.between,
         "attention_norm.inverse_rms": z.inverse_rms,
         "attention_norm.output": z.between,
+        **_kept_by_qk_norms(config, z),
         "queries": z.queries,
         **_keys_and_values(config, z),
         "attention.result": z.queries,
@@ -70,8 +92,6 @@ def kept_by_layer(config: RunConfig, tokens: int) -> dict[str, int]:
         "feed_forward.w1x": z.wide,
         "feed_forward.w3x": z.wide,
     }
-    kept |= _kept_by_qk_norms(config, z)
-    return {name: size for name, size in kept.items() if not _is_made_again(config, name)}
 
 
 def _kept_by_qk_norms(config: RunConfig, z: Sizes) -> dict[str, int]:
@@ -85,23 +105,14 @@ def _kept_by_qk_norms(config: RunConfig, z: Sizes) -> dict[str, int]:
     }
 
 
-def _is_made_again(config: RunConfig, name: str) -> bool:
-    """By `--recompute-granularity selective` with the module in `--recompute-modules`."""
-    modules = config.parallel.recompute_modules
-    is_in_mlp = name.startswith("feed_forward.") or name in ("ffn_norm.inverse_rms", "ffn_norm.output")
-    return ("layernorm" in modules and name.endswith("_norm.output")) or ("mlp" in modules and is_in_mlp)
-
-
 def _keys_and_values(config: RunConfig, z: Sizes) -> dict[str, int]:
-    """Under CP all ranks' keys and values are here, and a rank's two ranges of queries have a result each beside the whole one.
-    FlashAttention is given the rows that a range sees, copied: here for one document as long as the sequence."""
+    """Under CP all ranks' keys and values come, and a rank's two ranges of queries have a result each beside the whole one. FlashAttention
+    keeps a copy of the rows that each range sees, here those of one document as long as the sequence; SDPA keeps them all, once."""
     cp = config.parallel.context_parallel_size
-    kept = {"keys": z.keys * cp, "values": z.keys * cp}
-    if cp > 1:
-        kept["attention.result by range"] = z.queries
-        if attention_kernel(config) == "varlen":
-            kept |= {f"{name} seen by a range": z.keys * (2 * cp + 1) // 2 for name in ("keys", "values")}
-    return kept
+    if cp == 1:
+        return {"keys": z.keys, "values": z.keys}
+    both_ranges = z.keys * (2 * cp + 1) // 2 if attention_kernel(config) == "varlen" else z.keys * cp
+    return {"keys": both_ranges, "values": both_ranges, "attention.result by range": z.queries}
 
 
 def kept_by_chunk(config: RunConfig, tokens: int, chunk: ChunkLayers) -> dict[str, int]:
@@ -143,7 +154,8 @@ def backward_steps(config: RunConfig, tokens: int) -> list[Step]:
     """In order of time. Under sequence parallelism a column layer's input and a row layer's gradient are gathered for the step."""
     z, p = sizes(config, tokens), config.parallel
     again = z.gathered if p.sequence_parallel else 0
-    column_layers = again + z.gathered + z.between  # their input, its gradient, and that summed over TP
+    norm_made_again = z.between if "layernorm" in p.recompute_modules else 0
+    column_layers = norm_made_again + again + z.gathered + z.between  # their input, its gradient, and that summed over TP
     keys_values = 2 * z.keys * p.context_parallel_size
     qk_norms = _kept_by_qk_norms(config, z)
     return [
@@ -170,9 +182,10 @@ def deferred_by_layer(config: RunConfig, tokens: int) -> dict[str, int]:
     """Tensor name -> bytes between the two halves of a zero-bubble backward pass: what each product's input is made of, and the gradient
     of its result."""
     z = sizes(config, tokens)
-    inputs = ("attention_norm.output", "attention.result", "ffn_norm.output", "feed_forward.w1x", "feed_forward.w3x")
-    kept = kept_by_layer(config, tokens)
-    return {name: kept[name] for name in inputs} | {
+    norms = "input" if "layernorm" in config.parallel.recompute_modules else "output"
+    inputs = (f"attention_norm.{norms}", "attention.result", f"ffn_norm.{norms}", "feed_forward.w1x", "feed_forward.w3x")
+    tensors = tensors_of_layer(config, tokens)
+    return {name: tensors[name] for name in inputs} | {
         "gradients of queries, keys, values": z.queries + 2 * z.keys,
         "gradient of attention.wo's result": z.gathered,
         "gradients of feed_forward.w1x, w3x": 2 * z.wide,
@@ -197,12 +210,11 @@ def kept_by_output(config: RunConfig, tokens: int) -> dict[str, int]:
 
 
 def output_working(config: RunConfig, tokens: int) -> tuple[int, int]:
-    """(forward, backward): logits of a chunk of tokens in both dtypes and the weight's product of it; the scaled gradients."""
+    """(forward, backward): logits of a chunk of tokens in both dtypes and the weight's product; the scaled gradients and their cast."""
     z, compute, main = sizes(config, tokens), BYTES[config.optimizer.compute_dtype], BYTES[config.optimizer.main_dtype]
-    rows, h = vocabulary_rows(config), config.model.hidden_size
-    logits = rows * min(config.training.loss_chunk_size, tokens) * (main + compute)
-    scaled = max(2 * tokens * h * main + z.gathered, rows * h * (main + compute))
-    return z.gathered + logits + rows * h * compute, scaled
+    cast, rows, h = compute if compute != main else 0, vocabulary_rows(config), config.model.hidden_size
+    logits = rows * min(config.training.loss_chunk_size, tokens) * (main + cast)
+    return z.gathered + logits + rows * h * compute, max(tokens * h, rows * h) * (main + cast)
 
 
 def kept_by_embedding(config: RunConfig, tokens: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.schedules import Phase, phases, tokens_after
 from megatron_llama3.model.counts import flops_per_token, parameter_count
 from megatron_llama3.parallel.schedule import bubble_ratio
+from megatron_llama3.planning.fit import changes_that_fit, spare_bytes
 from megatron_llama3.planning.memory import KINDS, Peak, microbatches_of, peak_memory, timeline_of
 
 GIB = 2**30
@@ -109,7 +110,7 @@ def _phase(config: RunConfig, phase: Phase) -> list[str]:
     ]
     if p.pipeline_model_parallel_size > 1:
         lines.append(_line("", _bubble(config, microbatches)))
-    return [*lines, *_memory(config, peak)]
+    return [*lines, *_memory(config, peak), *_fit(config, phase, peak)]
 
 
 def _bubble(config: RunConfig, microbatches: int) -> str:
@@ -131,6 +132,17 @@ def _memory(config: RunConfig, peak: Peak) -> list[str]:
         _line("", f"GiB a {where}, fullest in the {peak.moment}: {kinds}; in all {peak.total / GIB:.2f}"),
         _line("", f"of these {tensors}"),
     ]
+
+
+def _fit(config: RunConfig, phase: Phase, peak: Peak) -> list[str]:
+    p, spare = config.parallel, spare_bytes(config, peak.total)
+    device = f"a GPU of {p.device_memory_gib:g} GiB less {p.device_memory_reserve_gib:g} in reserve"
+    if spare >= 0:
+        return [_line("", f"fits {device}: {spare / GIB:.2f} GiB to spare")]
+    lines = [_line("", f"does not fit {device}: {-spare / GIB:.2f} GiB too much")]
+    found = changes_that_fit(config, phase)
+    lines += [_line("", f"would fit with {change.flags}: {change.spare / GIB:.2f} GiB to spare") for change in found]
+    return lines if found else [*lines, _line("", "no change of recomputation, or of one degree of parallelism by two, makes it fit")]
 
 
 def _run(config: RunConfig) -> list[str]:

@@ -7,6 +7,7 @@ Neither the allocator's fragmentation, NCCL's buffers nor the CUDA context are i
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.config.parallel import ChunkLayers, layers_of_chunks
@@ -69,7 +70,10 @@ def timeline_of(config: RunConfig, microbatches: int) -> list[list[Timed]]:
     """The run's pipeline schedule, as training runs it."""
     p = config.parallel
     zero_bubble = p.pipeline_schedule == "zero-bubble"
-    return make_timeline(p.pipeline_model_parallel_size, p.chunks_per_rank, microbatches, p.microbatch_group_size_per_vp_stage, zero_bubble)
+    return _timeline(p.pipeline_model_parallel_size, p.chunks_per_rank, microbatches, p.microbatch_group_size_per_vp_stage, zero_bubble)
+
+
+_timeline = lru_cache(maxsize=8)(make_timeline)  # phases of a ramp, and what fit.py tries, share it
 
 
 def microbatches_of(config: RunConfig, phase: Phase) -> int:
@@ -160,12 +164,12 @@ class _Step:
         self.sizes = activations.sizes(config, self.tokens)
         self.kept_by_chunk = {n: activations.kept_by_chunk(config, self.tokens, chunk) for n, chunk in self.chunks.items()}
         self.kept_by_layer = activations.kept_by_layer(config, self.tokens)
+        self.made_again_by_layer = activations.made_again_by_layer(config, self.tokens)
         self.deferred_by_layer = activations.deferred_by_layer(config, self.tokens)
         self.forward_working = {"forward pass of a layer": activations.forward_working(config, self.tokens)}
         self.backward_steps = activations.backward_steps(config, self.tokens)
         self.layer_weights = layer_weight_sizes(config.model, p.tensor_model_parallel_size)
         self.layer_parameters = sum(self.layer_weights.values())
-        self.last_chunk = p.pipeline_model_parallel_size * p.chunks_per_rank - 1
         self.done: Counter[tuple[str, int]] = Counter()
         self._take_what_stays(phase)
 
@@ -184,6 +188,8 @@ class _Step:
         inputs = activations.kept_by_microbatch(self.config, self.tokens, phase.seq_length)
         microbatches = microbatches_of(self.config, phase)
         self.ledger.take("activations", {name: size * microbatches for name, size in inputs.items()})
+        if self.config.parallel.pipeline_model_parallel_size > 1:
+            self.ledger.take("activations", {"a message that leaves and one that comes": 2 * self.sizes.between})
 
     def _ends(self, chunk: ChunkLayers) -> int:
         """Parameters of a chunk outside its layers. A tied matrix is held once where one stage has both of its users."""
@@ -208,8 +214,6 @@ class _Step:
             self.ledger.briefly("temporaries", self.forward_working)
         if chunk.has_output:
             self.ledger.briefly("temporaries", {"logits": activations.output_working(self.config, self.tokens)[0]})
-        if number != self.last_chunk:
-            self.ledger.briefly("activations", {"message to the next stage": self.sizes.between})
 
     def _gather(self, chunk: ChunkLayers) -> None:
         """FSDP gathers a layer into a flat buffer and copies it out of there."""
@@ -245,12 +249,13 @@ class _Step:
             self.ledger.give("activations", activations.kept_by_recomputed(self.config, self.tokens))
 
     def _layer_backward(self) -> None:
-        fresh = 0
+        fresh, held = 0, self.kept_by_layer | self.made_again_by_layer
+        self.ledger.take("activations", self.made_again_by_layer)
         for step in self.backward_steps:
             made = round(self.state.fresh * sum(self.layer_weights[name] for name in step.weights))
             self.ledger.take("temporaries", {"weight gradients of a layer": made})
             self.ledger.briefly("temporaries", {"backward pass of a layer": step.working})
-            self.ledger.give("activations", {name: self.kept_by_layer[name] for name in step.frees if name in self.kept_by_layer})
+            self.ledger.give("activations", {name: held[name] for name in step.frees if name in held})
             fresh += made
         self.ledger.give("temporaries", {"weight gradients of a layer": fresh})
 
