@@ -12,7 +12,7 @@ import torch
 from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, reorder_rows
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
-from megatron_llama3.model.sharding import layer_weights
+from megatron_llama3.model.sharding import layer_weights, weight_table
 
 _OUTER_TO_HF = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
 _LAYER_TO_HF = {
@@ -74,6 +74,14 @@ def to_pairs(name: str, tensor: LazyTensor, model: ModelConfig) -> LazyTensor:
     """One of Hugging Face's weights in our row order, which is another for those that RoPE turns (wq, wk)."""
     heads = _rotated_heads(name, model)
     return tensor if heads is None else reorder_rows(tensor, rope_rows_to_pairs(heads, model.head_dim))
+
+
+def weight_shapes(model: ModelConfig, found: int, where: object) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape of every weight that the config asks for, in order. Raises UserError where the model has more layers than the files
+    hold weights (`found`): a table of ten million layers fills the memory before it could be compared."""
+    if model.num_layers > found:
+        raise UserError(f"{where}: the config asks for {model.num_layers} layers, {found} weights are there")
+    return {name: spec.shape for name, spec in weight_table(model).items()}
 
 
 def check_weights(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_llama3.checkpoint.compatibility import check_compatible
 from megatron_llama3.checkpoint.huggingface import open_hf
-from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, resolve_native
+from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, latest_iteration, resolve_native
 from megatron_llama3.checkpoint.native.manifest import damage
 from megatron_llama3.checkpoint.store import load_checkpoint, load_hf_weights
 from megatron_llama3.config.command_line import load_run_config
@@ -119,8 +119,8 @@ def _saved(save: Path) -> list[Path]:
     """
     names = [path.name for path in save.iterdir()] if save.is_dir() else []
     found = sorted((name for name in names if re.fullmatch(r"iter_\d{7,}(\.replaced)?", name)), key=_age)
-    text = (save / LATEST_FILE).read_text(errors="replace").strip() if LATEST_FILE in names else ""
-    named = f"iter_{int(text):07d}" if text.isdecimal() else None
+    latest = latest_iteration(save) if LATEST_FILE in names else None
+    named = None if latest is None else f"iter_{latest:07d}"
     ordered = [name for name in (named,) if name] + [name for name in found if name != named]
     return [save / name for name in ordered]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import reprlib
 from typing import Any
 
 import yaml
@@ -50,7 +51,7 @@ def _load(path: str) -> dict:
             document = yaml.load(file, Loader=_StrictLoader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes that are no UTF-8, a number of 5,000 digits
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict | None):
         raise UserError(f"--config {path}: must hold groups such as 'model:', not {document!r}")
@@ -68,10 +69,10 @@ def _checked(path: str, spec: FieldSpec, value: Any) -> Any:
             raise UserError(f"{where} is {value!r}: expected a list of {spec.type.__name__}")
         return [spec.type(item) for item in value]
     if spec.type is float and isinstance(value, str | int) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML 1.1 reads 3e-4 as text
     if type(value) is not spec.type:
-        raise UserError(f"{where} is {value!r}: expected {spec.type.__name__}")
+        raise UserError(f"{where} is {reprlib.repr(value)}: expected {spec.type.__name__}")
     if spec.choices and value not in spec.choices:
         raise UserError(f"{where} is {value!r}: choose from {', '.join(spec.choices)}")
     return value

@@ -7,6 +7,7 @@ import collections
 import io
 import mmap
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping
 from math import prod
@@ -48,9 +49,23 @@ def unpickle(data: bytes, allowed: Mapping[tuple[str, str], object], where: obje
     if persistent_load is not None:
         unpickler.persistent_load = persistent_load
     try:
+        _check_memo(data)
         return unpickler.load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{where}: refused to unpickle: {error or type(error).__name__}") from None
+
+
+def _check_memo(data: bytes) -> None:
+    """Raises ValueError for lengths that leave the pickle, and for an index of its memo beyond its size: C's unpickler makes a table up to
+    the largest index, tens of gigabytes for a pickle of eleven bytes."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
+            raise ValueError(f"its memo would have an entry {argument}")
+
+
+def _empty_dict() -> collections.OrderedDict:
+    """What pickles of state dicts begin with. It takes no argument: a few bytes could make a large copy of one."""
+    return collections.OrderedDict()
 
 
 def read_archive(mapping: mmap.mmap, where: object, start: int = 0, length: int | None = None) -> object:
@@ -85,7 +100,7 @@ def read_archive(mapping: mmap.mmap, where: object, start: int = 0, length: int 
     allowed = {("torch", name): dtype for name, dtype in STORAGES.items()}
     allowed[("torch._utils", "_rebuild_tensor_v2")] = rebuild
     allowed[("torch._utils", "_rebuild_parameter")] = lambda tensor, *_: tensor
-    allowed[("collections", "OrderedDict")] = collections.OrderedDict
+    allowed[("collections", "OrderedDict")] = _empty_dict
     return unpickle(pickled, allowed, where, storage)
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from megatron_llama3.checkpoint.files.foreign_config import as_field
+from megatron_llama3.checkpoint.gguf.header import check_header
 from megatron_llama3.checkpoint.gguf.tokenizer import tokenizer_from_gguf
 from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource
-from megatron_llama3.checkpoint.names import check_weights, to_gguf_name
+from megatron_llama3.checkpoint.names import check_weights, to_gguf_name, weight_shapes
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.rope import rotary_frequencies
-from megatron_llama3.model.sharding import weight_table
 
 _ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling, stored as one divisor a frequency
 _FIELDS = {  # the file's key, behind "llama." -> ours
@@ -40,7 +40,7 @@ def open_gguf(path: str | Path) -> WeightSource:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     stored = {tensor.name: tensor for tensor in reader.tensors}
     model = _config(fields, stored, path)
-    shapes = {name: spec.shape for name, spec in weight_table(model).items()}
+    shapes = weight_shapes(model, len(stored), path)
     found = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in stored.items() if name != _ROPE_FACTORS}
     check_weights(found, {to_gguf_name(name): shape for name, shape in shapes.items()}, path)
     weights = {name: _lazy(stored[to_gguf_name(name)], shape, path) for name, shape in shapes.items()}
@@ -68,6 +68,7 @@ def _reader(path: Path):
         from gguf import GGUFReader
     except ImportError:
         raise UserError("reading GGUF needs the gguf package: pip install gguf") from None
+    check_header(path)
     try:
         return GGUFReader(path)
     except Exception as error:  # a damaged file raises nearly anything

@@ -14,11 +14,10 @@ from megatron_llama3.checkpoint.files.publish import publish_folder, write_in_pa
 from megatron_llama3.checkpoint.files.safetensors_file import read_safetensors, writing_tasks
 from megatron_llama3.checkpoint.huggingface.config import config_from_hf, config_to_hf
 from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource, cast, equal
-from megatron_llama3.checkpoint.names import check_weights, to_halves, to_hf_name, to_pairs
+from megatron_llama3.checkpoint.names import check_weights, to_halves, to_hf_name, to_pairs, weight_shapes
 from megatron_llama3.checkpoint.native import open_native
 from megatron_llama3.checkpoint.tokenizer_files import TOKEN_IDS, tokenizer_assets, with_tokenizer, write_tokenizer
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.model.sharding import weight_table
 
 SHARD_BYTES = 5_000_000_000
 
@@ -36,7 +35,7 @@ def open_hf(folder: str | Path) -> WeightSource:
     embedding = tensors.get("model.embed_tokens.weight")
     if head is not None and embedding is not None and not equal(head, embedding):
         raise UserError(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight")
-    shapes = {name: spec.shape for name, spec in weight_table(model).items()}
+    shapes = weight_shapes(model, len(tensors), folder)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     check_weights(found, {to_hf_name(name): shape for name, shape in shapes.items()}, folder)
     weights = {name: to_pairs(name, tensors[to_hf_name(name)], model) for name in shapes}
@@ -85,12 +84,19 @@ def _tensors(folder: Path) -> dict[str, LazyTensor]:
     index_file = folder / "model.safetensors.index.json"
     if not index_file.is_file():
         return read_safetensors(folder / "model.safetensors")
+    if (folder / "model.safetensors").is_file() and "model.safetensors" not in (read_json(index_file).get("weight_map") or {}).values():
+        raise UserError(f"{folder}: model.safetensors lies beside {index_file.name}, which does not name it: remove one of the two")
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or any(Path(str(file)).name != file for file in weight_map.values()):
         raise UserError(f"{index_file}: no weight_map from weight names to files of the same folder")
     tensors: dict[str, LazyTensor] = {}
     for file in sorted(set(weight_map.values())):
-        tensors |= read_safetensors(folder / file)
+        found = read_safetensors(folder / file)
+        astray = sorted(name for name in found if weight_map.get(name) != file)
+        if astray:
+            place = f"places it in {weight_map[astray[0]]}" if astray[0] in weight_map else "does not name it"
+            raise UserError(f"{folder / file}: {astray[0]} lies in it, but {index_file.name} {place}: which copy counts?")
+        tensors |= found
     missing = sorted(name for name in weight_map if name not in tensors and not name.endswith("rotary_emb.inv_freq"))
     if missing:
         raise UserError(f"{folder / weight_map[missing[0]]}: {missing[0]} is not in the file that the index names")

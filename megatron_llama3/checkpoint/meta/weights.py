@@ -18,7 +18,7 @@ from megatron_llama3.checkpoint.files.torch_archive import read_archive
 from megatron_llama3.checkpoint.files.torch_archive_writer import write_archive
 from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource, cast, concatenate, equal, map_file, narrow
 from megatron_llama3.checkpoint.meta.params import config_from_meta, config_to_meta
-from megatron_llama3.checkpoint.names import check_weights
+from megatron_llama3.checkpoint.names import check_weights, weight_shapes
 from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets, write_tokenizer
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
@@ -48,7 +48,7 @@ def open_meta(folder: str | Path) -> WeightSource:
     ffn = joined["layers.0.feed_forward.w1.weight"].shape[0]
     model = config_from_meta(params, joined[_EMBEDDING].shape[0], ffn, tied, where)
     joined = _without_duplicated_heads(joined, model, len(shards))
-    shapes = {name: spec.shape for name, spec in weight_table(model).items()}
+    shapes = weight_shapes(model, len(joined), where)
     check_weights({name: tensor.shape for name, tensor in joined.items()}, shapes, where)
     return WeightSource(model, {name: joined[name] for name in shapes}, tokenizer_assets(folder))
 

@@ -8,6 +8,7 @@ from megatron_llama3.config.errors import UserError
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "run_config.yaml"
 STATE_FILE = "train_state.json"
+_MOST_DIGITS = 15
 COUNTS = ("iteration", "consumed_samples", "consumed_tokens")  # in every train state
 
 
@@ -19,13 +20,19 @@ def resolve_native(path: str | Path) -> Path:
         if not (path / ".metadata").is_file():
             raise UserError(f"{path}: no native checkpoint (neither {LATEST_FILE} nor .metadata is there)")
         return path
-    text = latest.read_text(errors="replace").strip()
-    if not text.isdecimal():
-        raise UserError(f"{latest}: {text[:40]!r} is not an iteration number")
-    folder = path / f"iter_{int(text):07d}"
+    iteration = latest_iteration(path)
+    if iteration is None:
+        raise UserError(f"{latest}: {latest.read_text(errors='replace').strip()[:40]!r} is not an iteration number")
+    folder = path / f"iter_{iteration:07d}"
     if not folder.is_dir():
-        raise UserError(f"{latest}: names iteration {text}, but {folder} is missing")
+        raise UserError(f"{latest}: names iteration {iteration}, but {folder} is missing")
     return folder
+
+
+def latest_iteration(save: Path) -> int | None:
+    """The number in `latest_checkpointed_iteration.txt`; None where it holds none."""
+    text = (save / LATEST_FILE).read_text(errors="replace").strip()
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else None
 
 
 def read_train_state(folder: Path) -> dict:
@@ -35,9 +42,9 @@ def read_train_state(folder: Path) -> dict:
         state = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     for name in COUNTS:
-        if not isinstance(state, dict) or type(state.get(name)) is not int:
+        if not isinstance(state, dict) or type(state.get(name)) is not int or not 0 <= state[name] < 10**_MOST_DIGITS:
             raise UserError(f"{path}: damaged: no whole number {name}")
     return state

@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> dict[str, dict] | None:
         sound = (Path(name).name == name and int(entry["crc32"], 16) >= 0 and int(entry["bytes"]) >= 0 for name, entry in files.items())
         if set(SMALL_FILES) <= files.keys() and all(sound):
             return files
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         pass
     raise UserError(f"{path}: damaged: no table of files with bytes and crc32")
 

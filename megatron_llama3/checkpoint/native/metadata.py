@@ -3,6 +3,7 @@
 It is a pickle. `read_metadata` admits only the types that describe tensors; `SafeFileSystemReader` gives dcp.load the same protection.
 """
 
+import bisect
 import pathlib
 import pickle
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from megatron_llama3.checkpoint.files.torch_archive import unpickle
 from megatron_llama3.config.errors import UserError
 
 METADATA_FILE = ".metadata"
+_MOST_PARTS = 64
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _CLASSES = {
@@ -24,10 +26,19 @@ _CLASSES = {
     filesystem: ("_StorageInfo",),
 }  # fmt: skip
 _ALLOWED = {(module.__name__, name): getattr(module, name) for module, names in _CLASSES.items() for name in names}
-_ALLOWED |= {("torch", name): getattr(torch, name) for name in (*_DTYPES, "Size")}
+_ALLOWED |= {("torch", name): getattr(torch, name) for name in _DTYPES}
+_ALLOWED[("torch", "Size")] = lambda sizes: torch.Size(_few(sizes))
 _ALLOWED[("torch.serialization", "_get_layout")] = lambda name: {"torch.strided": torch.strided}[name]
 # Where the checkpoint was written; only the text matters, and pathlib moved the classes after Python 3.12.
-_ALLOWED |= {(module, name): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")}
+_PATHS = [(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")]
+_ALLOWED |= dict.fromkeys(_PATHS, lambda *parts: pathlib.PurePosixPath(*_few(parts)))
+
+
+def _few(values: tuple) -> tuple:
+    """Raises ValueError for more than dimensions or parts of a path: a few bytes of a pickle could copy a long tuple many times."""
+    if len(values) > _MOST_PARTS:
+        raise ValueError(f"{len(values)} dimensions, or parts of a path")
+    return values
 
 
 def read_metadata(folder: Path) -> metadata.Metadata:
@@ -88,21 +99,29 @@ def _stored_tensor(key: str, entry: metadata.TensorStorageMetadata, places: dict
         chunks.append(StoredChunk(offsets, sizes, folder / info.relative_path, info.offset, info.length))
     if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape) or not isinstance(entry.properties.dtype, torch.dtype):
         raise UserError(f"{folder}: the chunks of {key} do not cover its shape {list(shape)}")
+    if any(chunk.sizes[2:] != shape[2:] for chunk in chunks):
+        raise UserError(f"{folder}: {key} is cut along more than two dimensions")
     if _overlap(chunks):
         raise UserError(f"{folder}: chunks of {key} overlap, so that they do not cover its shape {list(shape)}")
     return StoredTensor(entry.properties.dtype, shape, chunks)
 
 
 def _overlap(chunks: list[StoredChunk]) -> bool:
-    """Whether two of them share an element. Looks only at pairs that share rows: a large model has thousands of chunks."""
-    ordered = sorted((chunk for chunk in chunks if prod(chunk.sizes)), key=lambda chunk: chunk.offsets)
-    for number, first in enumerate(ordered):
-        for second in ordered[number + 1 :]:
-            if second.offsets[0] >= first.offsets[0] + first.sizes[0]:
-                break
-            edges = zip(first.offsets, first.sizes, second.offsets, second.sizes)
-            if all(a < b + d and b < a + c for a, c, b, d in edges):
-                return True
+    """Whether two of them share an element, in n log n steps: rows are swept over, and the chunks at a row kept in order of columns."""
+    edges = []
+    for chunk in chunks:
+        (row, column), (rows, columns) = (*chunk.offsets, 0, 0)[:2], (*chunk.sizes, 1, 1)[:2]
+        if rows and columns:
+            edges += [(row, True, column, column + columns), (row + rows, False, column, column + columns)]
+    here: list[tuple[int, int]] = []
+    for _, begins, *span in sorted(edges):  # at a row, those that end come first
+        place = bisect.bisect_left(here, tuple(span))
+        if not begins:
+            del here[place]
+            continue
+        if (place and here[place - 1][1] > span[0]) or (place < len(here) and here[place][0] < span[1]):
+            return True
+        here.insert(place, tuple(span))
     return False
 
 

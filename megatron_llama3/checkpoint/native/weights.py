@@ -17,7 +17,7 @@ from megatron_llama3.checkpoint.files.publish import write_in_parallel
 from megatron_llama3.checkpoint.files.torch_archive import read_archive
 from megatron_llama3.checkpoint.files.torch_archive_writer import write_archive
 from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource, cast, map_file
-from megatron_llama3.checkpoint.names import check_weights
+from megatron_llama3.checkpoint.names import check_weights, weight_shapes
 from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, resolve_native
 from megatron_llama3.checkpoint.native.manifest import damaged_files, entry, write_manifest
 from megatron_llama3.checkpoint.native.metadata import StoredChunk, StoredTensor, stored_tensors, write_metadata
@@ -25,7 +25,6 @@ from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets, write_t
 from megatron_llama3.config.command_line import load_run_config, resolved_yaml
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
-from megatron_llama3.model.sharding import weight_table
 
 TOKENIZER_FOLDER = "tokenizer"  # tokenizer files and generation_config.json that came with converted weights
 MODEL_PREFIX = "model."
@@ -40,7 +39,7 @@ def open_native(path: str | Path) -> WeightSource:
     folder = resolve_native(path)
     config = load_run_config(folder / CONFIG_FILE)
     tensors = {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in open_native_tensors(folder, MODEL_PREFIX).items()}
-    shapes = {name: spec.shape for name, spec in weight_table(config.model).items()}
+    shapes = weight_shapes(config.model, len(tensors), folder / CONFIG_FILE)
     check_weights({name: tensor.shape for name, tensor in tensors.items()}, shapes, folder)
     kept = folder / TOKENIZER_FOLDER
     generation = kept / "generation_config.json"
