@@ -35,6 +35,7 @@ class Settings:
     rotary_base: float
     init_method_std: float
     untie_embeddings_and_output_weights: bool
+    qk_layernorm: bool
     use_rope_scaling: bool
     rope_scaling_factor: float
     rope_scaling_low_freq_factor: float
@@ -165,6 +166,8 @@ def initial_weights(s: Settings) -> dict[str, Tensor]:
             f"layers.{layer}.feed_forward.w2.weight": (s.hidden_size, s.ffn_hidden_size),
             f"layers.{layer}.feed_forward.w3.weight": (s.ffn_hidden_size, s.hidden_size),
         }
+        if s.qk_layernorm:
+            shapes |= {f"layers.{layer}.attention.{name}.weight": (s.kv_channels,) for name in ("q_norm", "k_norm")}
     return {name: _initial(name, shape, s) for name, shape in shapes.items()}
 
 
@@ -205,6 +208,8 @@ def rotated(x: Tensor, positions: Tensor, s: Settings) -> Tensor:
 
 def attention(x: Tensor, positions: Tensor, w: dict[str, Tensor], layer: str, s: Settings) -> Tensor:
     q, k, v = ((x @ w[f"{layer}.attention.{name}.weight"].T).unflatten(-1, (-1, s.kv_channels)) for name in ("wq", "wk", "wv"))
+    if s.qk_layernorm:
+        q, k = (rms_norm(t, w[f"{layer}.attention.{name}.weight"], s) for t, name in ((q, "q_norm"), (k, "k_norm")))
     q, k = rotated(q, positions, s), rotated(k, positions, s)
     k, v = (t.repeat_interleave(s.num_attention_heads // s.num_query_groups, dim=1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(s.kv_channels)

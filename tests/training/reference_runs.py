@@ -32,6 +32,7 @@ SETTINGS = Settings(
     rotary_base=500,
     init_method_std=0.1,
     untie_embeddings_and_output_weights=True,
+    qk_layernorm=False,
     use_rope_scaling=True,
     rope_scaling_factor=8.0,
     rope_scaling_low_freq_factor=1.0,

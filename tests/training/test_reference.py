@@ -88,9 +88,11 @@ def test_deepspeed_s_own_cpu_adam_equals_the_reference(data, expected, tmp_path)
     check(SETTINGS, data, expected, tmp_path, OFFLOAD, 1)
 
 
+UNSCALED = {"use_rope_scaling": False, "rope_scaling_original_max_position_embeddings": 8192}
 OTHER_SETTINGS = {
+    "norms of queries and keys": {"qk_layernorm": True},
     "tied, positions anew": {"untie_embeddings_and_output_weights": False, "reset_position_ids": True},
-    "no mask, all targets": {"document_mask": False, "loss_across_documents": True, "use_rope_scaling": False, "clip_grad": 0.0},
+    "no mask, all targets": {"document_mask": False, "loss_across_documents": True, "clip_grad": 0.0, **UNSCALED},
 }
 
 
