@@ -58,16 +58,17 @@ def main() -> None:
     results = Results(arguments.results)
     if not arguments.report:
         share, of = map(int, arguments.share.split("/"))
-        mutants = [mutant for mutant in all_mutants(ROOT) if arguments.only in mutant.path]
+        paths = [path for path in mutated_files(ROOT) if arguments.only in path]
+        mutants = [mutant for path in paths for mutant in mutants_of(path, (ROOT / path).read_text())]
         drawn = sample(mutants, arguments.count, arguments.seed)[share - 1 :: of]
         with tempfile.TemporaryDirectory(prefix="mut-") as folder:
             run(Server(Path(folder)), drawn, arguments.part, results)
     print(results.report())
 
 
-def all_mutants(root: Path) -> list[Mutant]:
-    paths = sorted(path for pattern in MUTATED for path in (root / "megatron_llama3").glob(f"{pattern}.py"))
-    return [mutant for path in paths for mutant in mutants_of(str(path.relative_to(root)), path.read_text())]
+def mutated_files(root: Path) -> list[str]:
+    paths = [path for pattern in MUTATED for path in (root / "megatron_llama3").glob(f"{pattern}.py")]
+    return sorted(str(path.relative_to(root)) for path in paths)
 
 
 def run(server: "Server", drawn: list[Mutant], part: str, results: "Results") -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_llama3.planning.local_ranks import RankFailedError
 from tests.mutation.mutants import mutants_of, sample
-from tests.mutation.run import ROOT, Results, all_mutants, imported_modules, kind_of_kill, reached_modules
+from tests.mutation.run import ROOT, Results, imported_modules, kind_of_kill, mutated_files, reached_modules
 
 SOURCE = '''"""Not this 1."""
 LIMIT = 3
@@ -64,9 +64,9 @@ def test_a_sample_is_of_lines_and_of_the_seed_alone():
 
 
 def test_the_files_that_are_mutated():
-    paths = {mutant.path for mutant in all_mutants(ROOT)}
+    paths = mutated_files(ROOT)
     assert {path.split("/")[1] for path in paths} == {"parallel", "model", "training", "data", "checkpoint"}
-    assert sorted(path for path in paths if "/data/" in path or "/checkpoint/" in path) == [
+    assert [path for path in paths if "/data/" in path or "/checkpoint/" in path] == [
         *(f"megatron_llama3/checkpoint/{name}.py" for name in ("compatibility", "store")),
         *(f"megatron_llama3/data/{name}.py" for name in ("blend", "loader", "packing")),
     ]
