@@ -28,6 +28,7 @@ from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, S
 from megatron_llama3.checkpoint.native.manifest import MANIFEST_FILE, summarize, write_manifest
 from megatron_llama3.checkpoint.native.metadata import SafeFileSystemReader
 from megatron_llama3.checkpoint.native.retention import PARTIAL, REPLACED, delete_older, remove_leftovers
+from megatron_llama3.checkpoint.native.threaded_writer import ThreadedWriter, files_of_rank, threads_for
 from megatron_llama3.checkpoint.weight_reader import WeightReader
 from megatron_llama3.config.command_line import resolved_yaml
 from megatron_llama3.config.errors import UserError
@@ -49,6 +50,7 @@ class CheckpointWriter:
             raise RuntimeError("saving needs a process group with a CPU backend")
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
+        self.pinned: DefaultStager | None = None
         self.protected = loaded_from and Path(str(loaded_from).removesuffix(REPLACED)).resolve()
         self.last_stall_seconds = 0.0
         """How long training stood still for the last save: for the one before it to end, if it had not, and for the copy."""
@@ -66,16 +68,26 @@ class CheckpointWriter:
         if self.engine.groups.rank == 0:
             self._begin(partial, _train_state(state, stream, self.config))
         dist.barrier(self.group)
+        tensors = self._tensors()
         written = dcp.async_save(
-            self._tensors(),
-            storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
+            tensors,
+            storage_writer=ThreadedWriter(partial, threads_for(tensors)),
             process_group=self.group,
-            async_stager=DefaultStager(StagingOptions(False, False, False, False)),
+            async_stager=self._stager(tensors),
         )
         self.pending = self.background.submit(self._finish, written, partial)
         if self.config.checkpoint.no_async_save:
             self.wait()
         self.last_stall_seconds = time.monotonic() - started
+
+    def _stager(self, tensors: dict[str, torch.Tensor]) -> DefaultStager:
+        """What copies a save to host memory. From a GPU into pinned buffers that are made once and kept for all saves; the last save is on
+        disk when they are written again. On a CPU into memory that is freed after the save."""
+        if not any(tensor.is_cuda for tensor in tensors.values()):
+            return DefaultStager(StagingOptions(False, False, False, False))
+        if self.pinned is None:
+            self.pinned = DefaultStager(StagingOptions(use_shared_memory=False, use_async_staging=False))
+        return self.pinned
 
     def _begin(self, partial: Path, state: dict) -> None:
         """On rank 0: the folder, with all but tensors. What fails here ends this rank, and with it the others."""
@@ -133,9 +145,8 @@ class CheckpointWriter:
     def _summaries(self, partial: Path) -> dict[str, dict]:
         """The manifest's entries of all ranks' files, on rank 0 (collective)."""
         rank = self.engine.groups.rank
-        own = partial / f"__{rank}_0.distcp"  # none where other ranks write all that this one holds
         try:
-            mine = {own.name: summarize(own)} if own.is_file() else {}
+            mine = {own.name: summarize(own) for own in files_of_rank(partial, rank)}  # none where other ranks write all of it
         except OSError as error:
             mine = error
         everyones = [None] * dist.get_world_size(self.group) if rank == 0 else None

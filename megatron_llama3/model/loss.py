@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megatron_llama3.parallel.tensor_parallel import TensorParallel, local_part
+from megatron_llama3.parallel.torch_private import assert_on_device
 
 
 def token_log_probs(
@@ -74,7 +75,7 @@ class _ChunkedLogProbs(Function):
             its_grad, its_weight = (x.flatten().index_select(0, one_that_counts) for x in (grad, loss_weights))
             scale = its_grad / its_weight.clamp_min(torch.finfo(grad.dtype).tiny)
             is_as_promised = torch.isclose(grad, scale * loss_weights).all()
-            torch._assert_async(is_as_promised, "the loss is no weighted sum by `loss_weights`")
+            assert_on_device(is_as_promised, "the loss is no weighted sum by `loss_weights`")
             x_grad, weight_grad = (None if g is None else (g.to(scale.dtype) * scale).to(g.dtype) for g in (x_grad, weight_grad))
         else:
             x, weight, targets, log_sums = ctx.saved_tensors

@@ -8,7 +8,6 @@ A group of one whose compute and main dtype agree needs none of it and runs on p
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -16,6 +15,7 @@ from megatron_llama3.config.run import RunConfig
 from megatron_llama3.model.llama import Llama
 from megatron_llama3.parallel.groups import ParallelGroups
 from megatron_llama3.parallel.tensor_parallel import local_part
+from megatron_llama3.parallel.torch_private import finish_backward, flatten, unflatten
 from megatron_llama3.training.engine import Engine, Trainable
 
 
@@ -57,7 +57,7 @@ class Fsdp2Engine(Engine):
         # With one micro-batch nothing has been accumulated before the last half, and FSDP would reduce its bf16 beside others' float32.
         for reduce in (False, True) if reduces else (False,):
             self.before_backward(chunk, reduce, reduce and is_last)
-            fully_shard.state(module)._root_post_backward_final_callback()
+            finish_backward(module)
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
@@ -160,9 +160,9 @@ class Fsdp2Engine(Engine):
         gradients = [g for g in gradients if g.numel()]
         if not gradients or group.size() == 1:
             return
-        flat = _flatten_dense_tensors(gradients)
+        flat = flatten(gradients)
         dist.all_reduce(flat, group=group)
-        for gradient, summed in zip(gradients, _unflatten_dense_tensors(flat, gradients)):
+        for gradient, summed in zip(gradients, unflatten(flat, gradients)):
             gradient.copy_(summed)
 
 

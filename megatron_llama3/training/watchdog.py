@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import TrainingConfig
 from megatron_llama3.parallel.groups import ParallelGroups
+from megatron_llama3.parallel.torch_private import default_store
 from megatron_llama3.training.events import EventLog
 from megatron_llama3.training.stop import RESTART_STATUS
 from megatron_llama3.training.whereabouts import PATIENT, place_of_thread
@@ -45,7 +46,7 @@ class Watchdog:
         if not self.timeout or dist.get_backend() == "fake":
             return
         # A connection of its own: the default store's may be held by whoever waits for a key.
-        self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
+        self.store = dist.PrefixStore("watchdog", default_store().clone())
         self.hosts = _gather_hosts(groups)
         self._publish(0)
         dist.barrier(groups.control)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_llama3.checkpoint.native import threaded_writer
 from megatron_llama3.checkpoint.native.manifest import damaged_files, read_manifest
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
@@ -151,7 +152,8 @@ def test_sigterm_on_one_rank_saves_and_stops_all(data, tmp_path):
     assert latest(tmp_path) == "2"
 
 
-def test_asynchronous_saves_beside_what_ranks_agree_on_every_step(data, tmp_path):
+def test_asynchronous_saves_beside_what_ranks_agree_on_every_step(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(threaded_writer, "BYTES_A_THREAD", 1 << 12)
     flags = f"{MODEL} --data-path {data} --train-iters 8 --save-interval 1 --exit-signal-handler --exit-duration-in-mins 60 --eval-iters 0"
     run(f"{flags} --save {tmp_path} --keep-last 2 --keep-every 3", 4)
     assert latest(tmp_path) == "8"
@@ -160,7 +162,7 @@ def test_asynchronous_saves_beside_what_ranks_agree_on_every_step(data, tmp_path
     assert not [line for folder in left for line in damaged_files(folder)]
     files = {path.name for path in left[-1].iterdir()}
     assert read_manifest(left[-1]).keys() == files - {"manifest.json"}
-    assert files >= {f"__{rank}_0.distcp" for rank in range(4)}
+    assert files >= {f"__{rank}_{name}.distcp" for rank in range(4) for name in ("0", "1_0")}
 
 
 def test_another_tokenizer_is_refused(data, tmp_path):

@@ -70,8 +70,8 @@ def watch(monkeypatch, started, tmp_path):
 
         met: list[str] = []
         fake = {"get_world_size": lambda: ranks, "get_backend": lambda: backend, "barrier": barrier}
-        default_store = SimpleNamespace(_get_default_store=lambda: SimpleNamespace(clone=lambda: store))
-        fake |= {"all_gather_object": all_gather_object, "distributed_c10d": default_store, "PrefixStore": dist.PrefixStore}
+        fake |= {"all_gather_object": all_gather_object, "PrefixStore": dist.PrefixStore}
+        monkeypatch.setattr(module, "default_store", lambda: SimpleNamespace(clone=lambda: store))
         monkeypatch.setattr(module, "dist", SimpleNamespace(**fake))
         monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(module.socket, "gethostname", lambda: "here")
