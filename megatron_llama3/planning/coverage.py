@@ -78,6 +78,7 @@ def features_of(config: RunConfig) -> list[str]:
         "KV heads replicated over TP": p.tensor_model_parallel_size > model.num_query_groups,
         "a vocabulary that TP does not divide": bool(model.vocab_size % p.tensor_model_parallel_size),
         "RoPE scaling": model.use_rope_scaling,
+        "norms of queries and keys": model.qk_layernorm,
         "document mask": config.data.document_mask,
         "positions that start anew in each document": config.data.reset_position_ids,
         "loss across documents": config.data.loss_across_documents,

@@ -79,7 +79,8 @@ def _small_model(config: RunConfig, small: ParallelConfig) -> ModelConfig:
     kv_heads = max(1, tp // max(1, original_tp // model.num_query_groups)) * per_rank
     heads = kv_heads * max(2 if model.num_attention_heads > model.num_query_groups else 1, -(-tp // kv_heads))
     divides = model.vocab_size % original_tp == 0
-    return ModelConfig(
+    return replace(
+        model,
         num_layers=_number_of_layers(config, small),
         hidden_size=48,
         ffn_hidden_size=24 * tp,
@@ -87,12 +88,9 @@ def _small_model(config: RunConfig, small: ParallelConfig) -> ModelConfig:
         num_query_groups=kv_heads,
         kv_channels=8,
         vocab_size=24 * tp if divides else 24 * tp + 1,
-        norm_epsilon=model.norm_epsilon,
+        max_position_embeddings=ModelConfig.max_position_embeddings,
         rotary_base=500,
-        use_rope_scaling=model.use_rope_scaling,
-        rope_scaling_factor=model.rope_scaling_factor,
-        rope_scaling_original_max_position_embeddings=32,
-        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
+        **({"rope_scaling_original_max_position_embeddings": 32} if model.use_rope_scaling else {}),
     )
 
 

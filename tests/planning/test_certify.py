@@ -177,6 +177,13 @@ def test_copies_that_differ_fail_in_bf16_too(monkeypatch):
     assert result.values["copies"] > result.bounds["copies"] == 0
 
 
+def test_what_the_model_is_stays():
+    (trial,) = make_trials(config("--world-size 2 --qk-layernorm --use-rope-scaling --rope-scaling-low-freq-factor 2 --norm-epsilon 1e-3"))
+    model = trial.config.model
+    assert (model.qk_layernorm, model.rope_scaling_low_freq_factor, model.norm_epsilon) == (True, 2, 1e-3)
+    assert "norms of queries and keys" in features_of(trial.config)
+
+
 def test_kv_heads_shared_by_ranks_stay_shared():
     (trial,) = make_trials(config("--model-name llama3-8b --world-size 32 --tensor-model-parallel-size 32 --global-batch-size 4"))
     assert trial.axes["tp"] == 4
