@@ -77,8 +77,8 @@ def open_sources(
     for prefix, weight in zip(prefixes, weights or [None] * len(prefixes)):
         dataset = IndexedDataset(prefix)
         _check_vocabulary(dataset, vocab_size)
-        if twin := seen.get(dataset.fingerprint):
-            raise UserError(f"{prefix}: the same data as {twin}, which is in this blend already; give it once, with the sum of the weights")
+        if other := seen.get(dataset.fingerprint):
+            raise UserError(f"{prefix}: the same data as {other}, which is in this blend already; give it once, with the sum of the weights")
         seen[dataset.fingerprint] = prefix
         first, last = split_bounds(split, dataset.num_documents)[part] if split else (0, dataset.num_documents)
         try:

@@ -60,8 +60,8 @@ class _ChunkedLogProbs(Function):
         ctx.hidden_shape, ctx.first_row, ctx.chunk_size = hidden.shape, first_row, chunk_size
         ctx.is_ready, ctx.weight_dtype = gradients is not None, weight.dtype
         if ctx.is_ready:
-            one_that_counts = loss_weights.flatten().argmax(0, keepdim=True)
-            ctx.save_for_backward(gradients.x, gradients.weight, loss_weights, one_that_counts)
+            weighted_token = loss_weights.flatten().argmax(0, keepdim=True)
+            ctx.save_for_backward(gradients.x, gradients.weight, loss_weights, weighted_token)
         else:
             ctx.save_for_backward(x, weight, targets, log_sums)
         return result
@@ -69,11 +69,11 @@ class _ChunkedLogProbs(Function):
     @staticmethod
     def backward(ctx, grad):
         if ctx.is_ready:
-            x_grad, weight_grad, loss_weights, one_that_counts = ctx.saved_tensors
+            x_grad, weight_grad, loss_weights, weighted_token = ctx.saved_tensors
             loss_weights = loss_weights.to(grad.dtype)
             # A tensor as an index would make the host wait for the GPU.
-            its_grad, its_weight = (x.flatten().index_select(0, one_that_counts) for x in (grad, loss_weights))
-            scale = its_grad / its_weight.clamp_min(torch.finfo(grad.dtype).tiny)
+            token_grad, token_weight = (x.flatten().index_select(0, weighted_token) for x in (grad, loss_weights))
+            scale = token_grad / token_weight.clamp_min(torch.finfo(grad.dtype).tiny)
             is_as_promised = torch.isclose(grad, scale * loss_weights).all()
             assert_on_device(is_as_promised, "the loss is no weighted sum by `loss_weights`")
             x_grad, weight_grad = (None if g is None else (g.to(scale.dtype) * scale).to(g.dtype) for g in (x_grad, weight_grad))

@@ -70,7 +70,7 @@ class KeptInput(NamedTuple):
 class WeightHalves(Protocol):
     """Takes the weights' half of backward passes, to run it later (zero bubble)."""
 
-    def note(self, kept: KeptInput, grads: list[tuple[Tensor, Tensor]]) -> None:
+    def defer(self, kept: KeptInput, grads: list[tuple[Tensor, Tensor]]) -> None:
         """`grads`: (weight, gradient of its layer's output) of each layer"""
 
 
@@ -111,5 +111,5 @@ class _LinearLayers(Function):
             gathered = arriving()
             weight_grads = [how.linear.weight_gradient(grad, gathered) if need else None for grad, need in zip(grads, needed)]
         elif any(needed):
-            how.deferred.note(kept, [(weight, grad) for weight, grad, need in zip(ctx.originals, grads, needed) if need])
+            how.deferred.defer(kept, [(weight, grad) for weight, grad, need in zip(ctx.originals, grads, needed) if need])
         return None, None, None, x_grad(), *[None] * ctx.count, *weight_grads

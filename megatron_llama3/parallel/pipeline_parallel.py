@@ -20,29 +20,29 @@ WeightHalf = tuple[KeptInput, list[tuple[Tensor, Tensor]]]
 
 
 class DeferredWeightGradients:
-    """Notes down the weights' half of a backward pass, and runs it later (zero bubble)."""
+    """Puts off the weights' half of a backward pass, and runs it later (zero bubble)."""
 
     def __init__(self, linear: Linear | None = None):
         self.linear = linear or Linear()
-        self._noted: list[WeightHalf] = []
+        self._put_off: list[WeightHalf] = []
 
-    def note(self, kept: KeptInput, grads: list[tuple[Tensor, Tensor]]) -> None:
-        self._noted.append((kept, grads))
+    def defer(self, kept: KeptInput, grads: list[tuple[Tensor, Tensor]]) -> None:
+        self._put_off.append((kept, grads))
 
     def take(self) -> list[WeightHalf]:
-        """What the backward pass since the last call noted down."""
-        noted = self._noted[:]
-        self._noted.clear()
-        return noted
+        """What the backward passes since the last call put off."""
+        halves = self._put_off[:]
+        self._put_off.clear()
+        return halves
 
     @torch.no_grad()
-    def run(self, noted: list[WeightHalf]) -> None:
+    def run(self, halves: list[WeightHalf]) -> None:
         """The weight half: each product, passed on to the parameter through the autograd graph that made the local weight of it. The
         next layers' input is gathered meanwhile."""
-        arriving = noted[-1][0].start() if noted else None
-        while noted:
-            (_, grads), x = noted.pop(), arriving()
-            arriving = noted[-1][0].start() if noted else None
+        arriving = halves[-1][0].start() if halves else None
+        while halves:
+            (_, grads), x = halves.pop(), arriving()
+            arriving = halves[-1][0].start() if halves else None
             while grads:
                 weight, grad = grads.pop()
                 torch.autograd.backward(weight, self.linear.weight_gradient(grad, x))

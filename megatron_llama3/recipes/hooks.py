@@ -40,7 +40,7 @@ class Observers:
         self.logger = MetricsLogger(config, state) if self.is_rank_0 else None
         self.watchdog = Watchdog(config.training, groups, self.events)
 
-    def note(self, event: str, state: TrainState, **fields) -> None:
+    def record(self, event: str, state: TrainState, **fields) -> None:
         """Keeps an event of the run, once."""
         if self.is_rank_0:
             self.events.add(event, iteration=state.iteration, **fields, useful_seconds=state.useful_seconds)
@@ -51,11 +51,11 @@ class Observers:
             self.logger.close()
         self.watchdog.stop()
 
-    def paused(self, seconds: float) -> None:
+    def training_paused(self, seconds: float) -> None:
         """The run did something else than training for so long, and has come further."""
         self.watchdog.beat()
         if self.logger is not None:
-            self.logger.paused(seconds)
+            self.logger.training_paused(seconds)
 
 
 def hooks_in_order(
@@ -91,7 +91,7 @@ def noting_steps(observers: Observers, stream: TrainingStream) -> Hook:
         if result.skipped is not None:
             ends_at = [{key: row[key] for key in ("prefix", "epoch", "token_offset")} for row in stream.state_dict()["sources"]]
             found = {"reason": result.skipped, "loss": result.loss, "gradient_norm": result.gradient_norm}
-            observers.note("skip", state, **found, in_a_row=state.skipped_in_a_row, data_ends_at=ends_at)
+            observers.record("skip", state, **found, in_a_row=state.skipped_in_a_row, data_ends_at=ends_at)
 
     return hook
 
@@ -126,9 +126,9 @@ def rolling_back(
         state.lost_samples = state.consumed_samples - restored.update_samples
         state.recent_losses, state.useful_seconds = restored.recent_losses, restored.useful_seconds
         state.rolled_back_to.append(restored.iteration)
-        observers.note("rollback", state, to=restored.iteration, lost_updates=before - restored.updates)
+        observers.record("rollback", state, to=restored.iteration, lost_updates=before - restored.updates)
         if observers.logger is not None:
-            observers.logger.say(f"iteration {state.iteration} | weights rolled back to {target}; the data goes on from here")
+            observers.logger.print_line(f"iteration {state.iteration} | weights rolled back to {target}; the data goes on from here")
 
     return hook
 
@@ -170,8 +170,8 @@ def saving(writer: CheckpointWriter, stream: TrainingStream, config: RunConfig, 
             if is_last:
                 writer.wait()
             stalled = time.monotonic() - started
-            observers.paused(stalled)
-            observers.note("save", state, stall_seconds=stalled)
+            observers.training_paused(stalled)
+            observers.record("save", state, stall_seconds=stalled)
             if observers.logger is not None:
                 observers.logger.saved(state, writer.last_stall_seconds)
 
@@ -188,8 +188,8 @@ def evaluation(engine: Engine, objective: Objective, stream: TrainingStream, con
             started = time.monotonic()
             loss = evaluate(engine, objective, stream, config, observers.watchdog.beat)
             seconds = time.monotonic() - started
-            observers.paused(seconds)
-            observers.note("evaluate", state, seconds=seconds)
+            observers.training_paused(seconds)
+            observers.record("evaluate", state, seconds=seconds)
             if observers.logger is not None:
                 observers.logger.evaluated(state, loss)
 

@@ -65,10 +65,10 @@ def _run(config: RunConfig, groups, streams, stop: StopReasons, lock, since: flo
     observers = Observers(config, groups, state)
     hooks = hooks_in_order(engine, objective, streams, config, observers, start)
     hooks += [lambda *step: lock.check()] if lock is not None else []
-    observers.note("start", state, since=since, loaded=start and str(start.folder), world_size=config.parallel.world_size)
+    observers.record("start", state, since=since, loaded=start and str(start.folder), world_size=config.parallel.world_size)
     with memory_history(config, groups.rank), noted_failures(observers.events, state, groups.rank):
         reason = train(engine, objective, streams[0], state, config, hooks, stop)
-    observers.note("stop", state, reason=reason, is_finished=state.iteration >= config.training.train_iters)
+    observers.record("stop", state, reason=reason, is_finished=state.iteration >= config.training.train_iters)
     observers.close()
     say(f"stopped at iteration {state.iteration}: {reason}")
     return state

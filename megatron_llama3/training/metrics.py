@@ -49,7 +49,7 @@ class MetricsLogger:
         if result.skipped is None:
             self.losses.append(result.loss)
         else:
-            self.say(f"iteration {state.iteration} | step skipped, {state.skipped_in_a_row} in a row: {result.skipped}")
+            self.print_line(f"iteration {state.iteration} | step skipped, {state.skipped_in_a_row} in a row: {result.skipped}")
         if state.iteration % self.config.logging.log_interval == 0 or is_last:
             self._write(state, result)
         elif self.bar is not None:
@@ -57,16 +57,16 @@ class MetricsLogger:
 
     def evaluated(self, state: TrainState, loss: float) -> None:
         """Notes the loss on the validation split."""
-        self.say(f"iteration {state.iteration} | validation loss {loss:.4f}")
+        self.print_line(f"iteration {state.iteration} | validation loss {loss:.4f}")
         self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens, "validation_loss": loss})
 
-    def paused(self, seconds: float) -> None:
+    def training_paused(self, seconds: float) -> None:
         """Between the last step and the next something else was done, which is no training time."""
         self.since += seconds
 
     def saved(self, state: TrainState, stall_seconds: float) -> None:
         """Notes a checkpoint, and for how long training stood still for it (the rest is written in the background)."""
-        self.say(f"iteration {state.iteration} | saving a checkpoint, training stood still for {stall_seconds:.2f} s")
+        self.print_line(f"iteration {state.iteration} | saving a checkpoint, training stood still for {stall_seconds:.2f} s")
         self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens, "save_stall_seconds": stall_seconds})
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ class MetricsLogger:
         parts = [f"iteration {record['iteration']}/{total}", f"{record['consumed_tokens']:,} tokens", *parts]
         print(" | ".join([*parts, f"{memory:.2f} GiB", f"{_clock(seconds_left)} left"]), flush=True)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """One line, above the progress bar if there is one."""
         if self.bar is not None:
             self.bar.write(line)

@@ -34,7 +34,7 @@ def log_two_steps(config: RunConfig, monkeypatch) -> list[dict]:
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock), time=time.time))
         logger = MetricsLogger(config, state)
-        logger.paused(1.0)
+        logger.training_paused(1.0)
         for step, loss in ((1, 5.0), (2, 4.0)):
             state.iteration, state.consumed_tokens = step, step * BATCH * LENGTH
             logger(state, StepResult(loss, 0.5, 1e-3 * step, BATCH, LENGTH), False)
