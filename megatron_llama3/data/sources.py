@@ -78,7 +78,7 @@ def open_sources(
         dataset = IndexedDataset(prefix)
         _check_vocabulary(dataset, vocab_size)
         if other := seen.get(dataset.fingerprint):
-            raise UserError(f"{prefix}: the same data as {other}, which is in this blend already; give it once, with the sum of the weights")
+            raise UserError(f"{prefix}: the same data as {other}, which is in this blend already; give one, with the sum of the weights")
         seen[dataset.fingerprint] = prefix
         first, last = split_bounds(split, dataset.num_documents)[part] if split else (0, dataset.num_documents)
         try:

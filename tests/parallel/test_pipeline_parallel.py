@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_llama3.parallel import pipeline_parallel
+from megatron_llama3.parallel.linear import Collectives, HowToRun, Linear, linear_layers
 from megatron_llama3.parallel.pipeline_parallel import DeferredWeightGradients, PipelineExecutor
 from megatron_llama3.parallel.schedule import Action, make_timeline, with_communication
 
@@ -117,6 +118,11 @@ class Chunk(nn.Module):
         return torch.tanh(self.linear(microbatch if x is None else x, self.weight))
 
 
+def linear_of(deferred: DeferredWeightGradients):
+    how = HowToRun(Linear(), Collectives(), deferred)
+    return lambda x, weight: linear_layers(how, x, [weight])[0]
+
+
 @dataclass
 class Recorder:
     """Hooks and forwards in the order in which they came."""
@@ -152,7 +158,7 @@ def play(
     def run(rank: int) -> dict[int, Tensor]:
         deferred = DeferredWeightGradients()
         halves = any(a.kind == "W" for a in actions[rank])
-        own = {c: Chunk(c, deferred.linear if halves else F.linear) for c in range(rank, chunks, len(actions))}
+        own = {c: Chunk(c, linear_of(deferred) if halves else F.linear) for c in range(rank, chunks, len(actions))}
         for number, chunk in own.items():
             chunk.register_forward_hook(lambda *_, number=number: recorders[rank].events.append(("forward", number)))
             chunk.register_forward_hook(lambda *_: check_nothing_sent_is_held(executor, is_strict))
