@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_llama3.checkpoint.free_memory import free_memory
 from megatron_llama3.checkpoint.lazy_tensor import WeightSource, cast
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.model.attention import AttentionMask
@@ -80,8 +81,13 @@ def _transformers_logits(kind: str, path: Path, tokens: torch.Tensor, dtype: tor
 
     logging.set_verbosity_error()
     folder, options = (path, {}) if kind == "hf" else (path.parent, {"gguf_file": path.name})
-    with redirect_stderr(io.StringIO()):  # progress bars; failures are exceptions
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options).eval()
+    options |= {"dtype": torch.float32, "local_files_only": True, "attn_implementation": "sdpa"}  # whatever the file asks for
+    try:
+        with redirect_stderr(io.StringIO()):  # progress bars; failures are exceptions
+            model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    except Exception as error:  # of any kind: a field that our model has no use for may be damaged
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: transformers cannot read it ({type(error).__name__}: {reason}); --no-verify goes without it") from None
     with torch.no_grad():
         for weight in model.parameters() if dtype else ():
             weight.copy_(weight.to(dtype))
@@ -91,6 +97,4 @@ def _transformers_logits(kind: str, path: Path, tokens: torch.Tensor, dtype: tor
 def _fits(source: WeightSource) -> bool:
     """Whether the whole model in fp32 takes at most two thirds of the memory that is free."""
     needed = 4 * sum(prod(tensor.shape) for tensor in source.weights.values())
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
-    return 1.5 * needed < free
+    return 1.5 * needed < free_memory()

@@ -1,5 +1,8 @@
 """The check before "done": our model agrees with transformers, and each kind of wrong conversion is caught."""
 
+import contextlib
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -52,3 +55,22 @@ def test_faults_are_caught(make_hf, fault):
     tokens = torch.randint(99, (64,), generator=torch.Generator().manual_seed(0))
     with pytest.raises(UserError, match="the logits of the two sides differ"):
         compare_sides(our_logits(source, tokens), our_logits(replace(source, weights=weights, model=model), tokens))
+
+
+@pytest.mark.parametrize("change", [{"eos_token_id": "x"}, {"eos_token_id": [[1]]}, {"use_cache": "x"}, {"rope_parameters": 0}])
+def test_what_transformers_does_not_read_is_a_user_error(make_hf, tmp_path, change):
+    """Our model has no use for these fields."""
+    folder = shutil.copytree(make_hf(), tmp_path / "hf")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with contextlib.suppress(UserError):  # or it is read
+        side_logits("hf", folder, open_hf(folder), None)
+
+
+@pytest.mark.parametrize("name", ["org/kernel", "kernels-community/flash-attn:forward", "/tmp/x", 3, ["sdpa"]])
+def test_attention_from_elsewhere_is_refused(make_hf, tmp_path, name):
+    folder = shutil.copytree(make_hf(), tmp_path / "hf")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_attn_implementation": name}))
+    with pytest.raises(UserError, match=r"config.json: _attn_implementation is .* asks for code from elsewhere"):
+        open_hf(folder)

@@ -1,5 +1,8 @@
 """Chains of conversions end bit by bit where they began, whatever lies between."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -49,3 +52,16 @@ def assert_files_equal(a, b):
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("chain", [("meta", "hf"), ("native", "hf"), ("native", "meta", "native", "hf")], ids="-".join)
+def test_token_ids_and_sampling_defaults_stay(make_hf, tmp_path, chain):
+    """Generation would not stop without them."""
+    folder = shutil.copytree(make_hf(vocab_size=96, intermediate_size=96), tmp_path / "start")
+    settings = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 3, "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    end, last = through(open_hf(folder), chain, tmp_path)
+    assert end.generation.items() >= settings.items()
+    assert json.loads((last / "generation_config.json").read_text()).items() >= settings.items()
+    config = json.loads((last / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, [2, 7], 3)

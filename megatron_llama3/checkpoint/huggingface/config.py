@@ -45,10 +45,12 @@ _REQUIRED = {
 }
 _READ_ELSEWHERE = {
     *["architectures", "model_type", "layer_types", "head_dim", "tie_word_embeddings"],
-    *["rope_parameters", "rope_scaling", "rope_theta"],
+    *["rope_parameters", "rope_scaling", "rope_theta", "_attn_implementation"],
 }
+# How attention is computed; "org/name" would have transformers load that organisation's code.
+_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _WITHOUT_EFFECT = {  # bookkeeping, `pretraining_tp`, which only splits the same products, and a bound on windows that are not used
-    *TOKEN_IDS, "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp", "_name_or_path", "_attn_implementation",
+    *TOKEN_IDS, "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp", "_name_or_path",
     "is_llama_config", "transformers.js_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
     "id2label", "label2id", "problem_type", "is_encoder_decoder", "add_cross_attention", "unsloth_version", "unsloth_fixed",
     "max_window_layers",
@@ -103,6 +105,9 @@ def config_from_hf(config: dict, where: object = "config.json") -> ModelConfig:
             raise UserError(f"{where}: {key} is {value!r}; Llama 3 has {_REQUIRED[key]!r}")
         if key not in {*_REQUIRED, *_SAME_VALUE, *_READ_ELSEWHERE, *_WITHOUT_EFFECT} and value not in (None, False):
             raise UserError(f"{where}: unknown field {key} = {value!r}; remove it if it does not change the numbers of the model")
+    if config.get("_attn_implementation") not in _ATTENTION:
+        name = config["_attn_implementation"]
+        raise UserError(f"{where}: _attn_implementation is {name!r}, which asks for code from elsewhere: remove it")
     values, is_qwen3 = {}, model_type == "qwen3"
     for theirs, ours in _SAME_VALUE.items():
         value = config.get(theirs)

@@ -25,6 +25,7 @@ from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.sharding import WeightSpec, weight_table
 
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
+_GENERATION = "generation_config.json"
 _CONSTANTS = {"rope.freqs"}  # stored by early releases, computed by everyone
 
 
@@ -50,7 +51,8 @@ def open_meta(folder: str | Path) -> WeightSource:
     joined = _without_duplicated_heads(joined, model, len(shards))
     shapes = weight_shapes(model, len(joined), where)
     check_weights({name: tensor.shape for name, tensor in joined.items()}, shapes, where)
-    return WeightSource(model, {name: joined[name] for name in shapes}, tokenizer_assets(folder))
+    generation = read_json(folder / _GENERATION) if (folder / _GENERATION).is_file() else {}
+    return WeightSource(model, {name: joined[name] for name in shapes}, tokenizer_assets(folder), generation)
 
 
 def write_meta(
@@ -61,7 +63,9 @@ def write_meta(
     weights = {name: cast(tensor, dtype) for name, tensor in source.weights.items()}
     weights.setdefault(_OUTPUT, weights[_EMBEDDING])  # Meta's code loads it by name from tied models too
     (folder / "params.json").write_text(json.dumps(config_to_meta(source.model, num_shards)) + "\n")
-    write_tokenizer(source, folder, "meta")
+    generation = write_tokenizer(source, folder, "meta")
+    if generation:  # Meta's code does not look for it; without it the token ids would be lost on the way through
+        (folder / _GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
     table = weight_table(source.model) | {_OUTPUT: weight_table(source.model)[_EMBEDDING]}
     tasks = []
     for rank in range(num_shards):

@@ -47,12 +47,17 @@ def read_manifest(folder: Path) -> dict[str, dict] | None:
         return None
     try:
         files = json.loads(path.read_bytes())["files"]
-        sound = (Path(name).name == name and int(entry["crc32"], 16) >= 0 and int(entry["bytes"]) >= 0 for name, entry in files.items())
+        sound = (_is_inside(name) and int(entry["crc32"], 16) >= 0 and int(entry["bytes"]) >= 0 for name, entry in files.items())
         if set(SMALL_FILES) <= files.keys() and all(sound):
             return files
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         pass
     raise UserError(f"{path}: damaged: no table of files with bytes and crc32")
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file's name stays in the checkpoint's folder: no absolute path, no way up."""
+    return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def damage(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ from megatron_llama3.checkpoint.files.torch_archive_writer import write_archive
 from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource, cast, map_file
 from megatron_llama3.checkpoint.names import check_weights, weight_shapes
 from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, resolve_native
-from megatron_llama3.checkpoint.native.manifest import damaged_files, entry, write_manifest
+from megatron_llama3.checkpoint.native.manifest import damaged_files, entry, summarize, write_manifest
 from megatron_llama3.checkpoint.native.metadata import StoredChunk, StoredTensor, stored_tensors, write_metadata
 from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets, write_tokenizer
 from megatron_llama3.config.command_line import load_run_config, resolved_yaml
@@ -94,10 +94,10 @@ def write_native(source: WeightSource, save: Path, dtype: torch.dtype | None = N
     write_metadata(folder, {key: chunks[key] for tensors in files for key in tensors})
     (folder / CONFIG_FILE).write_text(resolved_yaml(RunConfig(model=source.model)))
     (folder / STATE_FILE).write_text(json.dumps({"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0}) + "\n")
-    write_manifest(folder, summaries)
     kept = folder / TOKENIZER_FOLDER
     kept.mkdir()
     (kept / "generation_config.json").write_text(json.dumps(write_tokenizer(source, kept, "any"), indent=2) + "\n")
+    write_manifest(folder, summaries | {f"{TOKENIZER_FOLDER}/{path.name}": summarize(path) for path in kept.iterdir()})
     (save / LATEST_FILE).write_text("0")
 
 

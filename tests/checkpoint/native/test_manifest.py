@@ -16,8 +16,9 @@ def test_summary_of_a_file_of_several_blocks(tmp_path):
 
 def test_every_flipped_bit_is_found(save):
     folder = save / "iter_0000030"
-    files = [path for path in folder.iterdir() if path.is_file() and path.name != "manifest.json"]
-    assert {path.name for path in files} == json.loads((folder / "manifest.json").read_text())["files"].keys()
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert folder / "tokenizer" / "generation_config.json" in files
+    assert {str(path.relative_to(folder)) for path in files} == json.loads((folder / "manifest.json").read_text())["files"].keys()
     assert list(damaged_files(folder)) == []
     for path in files:
         whole = path.read_bytes()
@@ -39,7 +40,16 @@ def test_a_damaged_manifest_is_one_line(save, content):
     assert damage(save / "iter_0000030") == f"{save}/iter_0000030/manifest.json: {NO_TABLE}"
 
 
-@pytest.mark.parametrize("entry", [{"../x": {"bytes": 1, "crc32": "0"}}, {"x": {"bytes": 1}}, {"x": {"bytes": 1, "crc32": "z"}}])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"../x": {"bytes": 1, "crc32": "0"}},
+        {"/x": {"bytes": 1, "crc32": "0"}},
+        {"a/../../x": {"bytes": 1, "crc32": "0"}},
+        {"x": {"bytes": 1}},
+        {"x": {"bytes": 1, "crc32": "z"}},
+    ],
+)
 def test_a_damaged_entry_is_one_line(save, entry):
     path = save / "iter_0000030" / "manifest.json"
     path.write_text(json.dumps({"files": json.loads(path.read_text())["files"] | entry}))
