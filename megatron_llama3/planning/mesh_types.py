@@ -10,7 +10,8 @@ nowhere else: for any values, on one process, by torch's fake backend and the li
 
 A weight has the type that the weight table gives it. The library types torch's operations. Of autograd functions it wants to be told; ours
 are typed by running their bodies under the same rules (below), and what a backward pass returns is held to the type that the gradient of
-its input must have. Recomputation, which repeats a forward pass, and the weights' half of zero bubble are not typed.
+its input must have. So is what the weights' half of zero bubble makes. Whole layers recomputed (--recompute-granularity full, or the module
+mlp) repeat a forward pass, and are not typed again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ from megatron_llama3.model.loss import _ChunkedLogProbs
 from megatron_llama3.model.rope import rotary_table
 from megatron_llama3.parallel import collectives
 from megatron_llama3.parallel.groups import ParallelGroups, initialize_groups
+from megatron_llama3.parallel.linear import KeptInput, Linear
+from megatron_llama3.parallel.pipeline_parallel import DeferredWeightGradients
 from megatron_llama3.parallel.tensor_parallel import TensorParallel
 from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.planning.synthetic_batch import synthetic_batch
@@ -68,18 +71,23 @@ def _check_types(config: RunConfig, trainable: Trainable, before: Callable[[], N
     dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.parallel.world_size)
     groups = replace(initialize_groups(config.parallel), device=torch.device("cpu"))
-    tp = TensorParallel(groups.tp, config.parallel.sequence_parallel)
-    options = BuildOptions(attention_kernel="sdpa", loss_chunk_size=config.training.loss_chunk_size)
+    p = config.parallel
+    deferred = DeferredWeightGradients() if p.pipeline_schedule == "zero-bubble" else None
+    tp = TensorParallel(groups.tp, p.sequence_parallel, deferred=deferred)
+    remade = [module for module in p.recompute_modules if module != "mlp"]
+    options = BuildOptions(attention_kernel="sdpa", loss_chunk_size=config.training.loss_chunk_size, recompute_modules=remade)
     batch = synthetic_batch(config, 0, 0, groups.topology.dp)
-    for content in layers_of_chunks(config.model, config.parallel):
+    for content in layers_of_chunks(config.model, p):
         chunk = Llama(config.model, tp, groups.cp, content.layers, content.has_embedding, content.has_output, options)
         for name, weight in chunk.named_weights():
             weight.requires_grad_(trainable(name))
         for loss_is_known in (True, False) if content.has_output else (True,):
-            _check_chunk(chunk, make_microbatches(batch, groups, config.data.document_mask)[0], groups, loss_is_known)
+            _check_chunk(chunk, make_microbatches(batch, groups, config.data.document_mask)[0], groups, loss_is_known, deferred)
 
 
-def _check_chunk(chunk: Llama, microbatch: Microbatch, groups: ParallelGroups, loss_is_known: bool) -> None:
+def _check_chunk(
+    chunk: Llama, microbatch: Microbatch, groups: ParallelGroups, loss_is_known: bool, deferred: DeferredWeightGradients | None
+) -> None:
     inputs, tp, objective = microbatch.inputs, chunk.tp, NextToken()
     s, b = inputs.tokens.shape
     inputs.rotary, inputs.plan = rotary_table(inputs.position_ids, chunk.frequencies), chunk.plan_attention(inputs.mask, b)
@@ -105,6 +113,15 @@ def _check_chunk(chunk: Llama, microbatch: Microbatch, groups: ParallelGroups, l
             loss, _ = objective(out, microbatch, groups.cp)
             assert_type(loss, {groups.tp: I, groups.cp: P})  # gradients are summed over DP and CP
             loss.backward()
+        for kept, grads in deferred.take() if deferred else []:
+            _check_weight_halves(kept, grads, deferred.linear)
+
+
+def _check_weight_halves(kept: KeptInput, grads: list[tuple[Tensor, Tensor]], linear: Linear) -> None:
+    with torch.no_grad(), _BodyRules():
+        x = kept.start()()
+        for number, (weight, grad) in enumerate(grads):
+            _check_gradient(f"the gradient of layer {number}", get_local_type(linear.weight_gradient(grad, x)), get_local_type(weight))
 
 
 def _type_of_weight(chunk: Llama, name: str):

@@ -3,6 +3,7 @@
 import pytest
 import torch.distributed as dist
 
+from megatron_llama3.model.sharding import PartialOver, WeightSpec
 from megatron_llama3.parallel import collectives, context_parallel, tensor_parallel
 from megatron_llama3.planning.local_ranks import RankFailedError
 from megatron_llama3.planning.mesh_types import check_types
@@ -19,6 +20,9 @@ LAYOUTS = {
     "replicated kv, sp, cp": {"tp": 4, "kv_heads": 2, "sp": True, "cp": 2},
     "tied": {"tp": 2, "sp": True, "tied": True},
     "tied pp": {"tp": 2, "pp": 2, "cp": 2, "tied": True},
+    "head norms": {"tp": 4, "kv_heads": 2, "cp": 2, "qk_norm": True},
+    "remade norms": {"tp": 2, "sp": True, "cp": 2, "recompute": "selective-layernorm"},
+    "zero bubble": {"tp": 2, "sp": True, "pp": 2, "schedule": "zero-bubble"},
     "virtual stages": {"tp": 2, "sp": True, "pp": 2, "v": 2, "dp": 2},
 }
 
@@ -54,6 +58,16 @@ def _leave_keys_values_gradient_of_other_ranks() -> None:
     context_parallel._GatherInOrder.backward = staticmethod(lambda ctx, grad: (grad.chunk(ctx.group.size())[0], None))
 
 
+def _take_head_norms_for_residual_norms() -> None:
+    """A norm of each head's channels is said to be partial over what the norms of the residual stream are."""
+
+    def partial(original, spec: WeightSpec, tp_size: int, sequence_parallel: bool) -> bool:
+        is_head_norm = len(spec.shape) == 1 and spec.partial_over is PartialOver.HEADS
+        return sequence_parallel if is_head_norm else original(spec, tp_size, sequence_parallel)
+
+    patch(WeightSpec, "gradient_is_partial", partial)
+
+
 def _leave_softmax_sum_of_other_ranks() -> None:
     patch(dist, "all_reduce", lambda original, x, *args, **kwargs: original(x, *args, **kwargs) if x.ndim != 2 else None)
 
@@ -63,6 +77,7 @@ OTHER_FAULTS = {
     "gradient summed twice after row layers": (_sum_twice_after_row_layers, "tp"),
     "gradient cut, not reduce-scattered": (_cut_gradient_instead_of_reduce_scatter, "sp"),
     "keys' and values' gradient of other CP ranks left out": (_leave_keys_values_gradient_of_other_ranks, "cp"),
+    "head norms summed as norms of the residual stream": (_take_head_norms_for_residual_norms, "head norms"),
     "softmax over this rank's part of the vocabulary": (_leave_softmax_sum_of_other_ranks, "tp"),
 }
 OF_SUMS = ["forward all-reduce dropped", "backward all-reduce dropped", "norm gradients unsummed", "replicated KV gradients unsummed"]
