@@ -48,6 +48,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 def _dense_mask(mask: AttentionMask, start: int, end: int) -> Tensor:
     """Bool [b or 1, 1, end - start, end]: True where query `start + i` sees key j."""
+    # Keys behind the range are not in the mask at all: no query of it sees them.
     queries, keys = torch.arange(start, end, device=mask.device), torch.arange(end, device=mask.device)
     visible = (keys <= queries.unsqueeze(1)).unsqueeze(0)
     if mask.document_ids is not None:
@@ -78,9 +79,10 @@ def plan_reference(mask: AttentionMask, batch: int) -> Tensor:
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention as written in a textbook, in at least float32. q [s, b, heads, d]; k, v [S, b, KV heads, d] -> [s, b, heads, d]."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    repeats = q.shape[2] // k.shape[2]
+    repeats = q.shape[2] // k.shape[2]  # query heads that share a KV head
     visible = F.pad(visible, (0, k.shape[0] - visible.shape[-1]))
     k, v = (x.to(dtype).repeat_interleave(repeats, dim=2) for x in (k, v))
+    # scores and weights [b, heads, s, S]
     scores = torch.einsum("sbhd,tbhd->bhst", q.to(dtype), k) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     return torch.einsum("bhst,tbhd->sbhd", weights, v).to(q.dtype)
@@ -96,7 +98,7 @@ def plan_sdpa(mask: AttentionMask, batch: int) -> list[tuple[int, int, Tensor | 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[tuple[int, int, Tensor | None]]) -> Tensor:
     pieces = []
-    k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+    k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)  # [b, KV heads, S, d], torch's order of dimensions
     if q.is_cuda and any(dense is not None for _, _, dense in plan):  # CUDA's only kernel with both a mask and GQA holds every score
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[1], dim=1) for x in (k, v))
     for piece, (_, end, dense) in _by_range(q, plan):
@@ -175,6 +177,7 @@ def _stretches(mask: AttentionMask, start: int, end: int, batch: int) -> Stretch
     query_lengths, key_lengths, key_rows = [], [], []
     for row in range(batch):
         ids = np.zeros(end, np.int32) if mask.document_ids is None else mask.document_ids[row, :end]
+        # A document's keys end where the range does, or where the document does: later ones no query of the range sees.
         borders = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), end]
         documents = [(a, e) for a, e in pairwise(borders) if e > start]
         key_rows.append(np.arange(row * end + documents[0][0], (row + 1) * end))
@@ -195,10 +198,12 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[Stretches]) -> 
 
     pieces = []
     for piece, (_, end, key_rows, *lengths) in _by_range(q, plan):
+        # The kernel takes all sequences of the micro-batch as one: [b * tokens, heads, d], told apart by the cumulative lengths.
         keys, values = (x[:end].transpose(0, 1).flatten(0, 1) for x in (k, v))
         if key_rows is not None:
             keys, values = keys[key_rows], values[key_rows]
         queries = piece.transpose(0, 1).flatten(0, 1)
+        # (-1, 0): each query sees any key before it and none behind, the last query of a stretch being its last key.
         out = varlen_attn(queries, keys, values, *lengths, window_size=(-1, 0), enable_gqa=True)
         pieces.append(out.unflatten(0, (q.shape[1], -1)).transpose(0, 1))
     return _joined(pieces)
@@ -239,6 +244,7 @@ class Attention(nn.Module):
         kv_split = layer_weights(config)["attention.wk.weight"].split_dim_at(tp.size)
         self.kv_rows = None
         if tp.size > 1 and kv_split is None:
+            # A rank has consecutive query heads, and they all read one KV head: TP is a multiple of the KV heads here.
             head = tp.rank * config.num_query_groups // tp.size
             self.kv_rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
         self.q_norm = self.k_norm = None
@@ -250,14 +256,16 @@ class Attention(nn.Module):
         """x [s, b, h] (this rank's part of s under sequence parallelism) -> the same shape. `cache` (inference) keeps keys and values.
         `recipe`: how x is made again in the backward pass, where it is not kept."""
         weights = [self.wq.local, self._kv_part(self.wk), self._kv_part(self.wv)]
+        # q [s, b, heads/t, d]; k, v [s, b, KV heads/t (at least 1), d], s being whole again under sequence parallelism
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.tp.columns(x, weights, recipe))
-        if self.q_norm is not None:
+        if self.q_norm is not None:  # before RoPE, as Qwen3 and Megatron-LM have it
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        k, v = gather_keys_values(k, v, self.cp_group)
-        return self.tp.row(self.core(q, k, v, plan).flatten(2), self.wo.local)
+        k, v = gather_keys_values(k, v, self.cp_group)  # [S, b, KV heads/t, d]: queries stay cut over CP, keys do not
+        mixed = self.core(q, k, v, plan)  # [s, b, heads/t, d]
+        return self.tp.row(mixed.flatten(2), self.wo.local)
 
     def _kv_part(self, layer: ParallelLinear) -> Tensor:
         return layer.local if self.kv_rows is None else layer.local[self.kv_rows]

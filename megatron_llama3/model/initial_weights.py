@@ -22,6 +22,7 @@ def initial_weight(name: str, spec: WeightSpec, seed: int, tp_size: int = 1, tp_
     dim = spec.split_dim_at(tp_size)
     start, end = (0, spec.shape[0]) if dim is None else spec.local_range(tp_size, tp_rank)
     first_row, last_row = (0, spec.shape[0]) if dim else (start, end)  # of another dimension than rows a rank takes its part of every row
+    # Blocks begin at multiples of their height in the whole weight, not in a rank's part: their values are the same under any TP.
     block = max(1, ROWS_BLOCK_ELEMENTS // math.prod(spec.shape[1:]))
     for top in range(first_row - first_row % block, last_row, block):
         rows = min(block, spec.shape[0] - top)

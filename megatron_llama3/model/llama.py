@@ -78,6 +78,7 @@ class SwiGlu(Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
+        # d silu(gate) / d gate is one fused kernel; the product itself is w2's to make again.
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
@@ -91,7 +92,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, recipe: Recipe | None = None) -> Tensor:
         """x [s, b, h] -> the same shape. `recipe`: how x is made again in the backward pass, where it is not kept."""
-        gate, up = self.tp.columns(x, [self.w1.local, self.w3.local], recipe)
+        gate, up = self.tp.columns(x, [self.w1.local, self.w3.local], recipe)  # each [s, b, f/t], s whole
         product = Recipe(swiglu, (gate.detach(), up.detach()))
         return self.tp.row(SwiGlu.apply(gate, up), self.w2.local, product)
 
@@ -111,6 +112,7 @@ class Block(nn.Module):
         self.recompute = recompute
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: Any, cache=None) -> Tensor:
+        # x, h [s/t, b, h]: the residual stream, cut along the sequence under sequence parallelism
         h = x + self.attention(self.attention_norm(x), rotary, plan, cache, self._recipe(self.attention_norm, x))
         if "mlp" in self.recompute and torch.is_grad_enabled():
             return h + checkpoint(self._feed_forward, h, use_reentrant=False, preserve_rng_state=False)
@@ -165,7 +167,7 @@ class Llama(nn.Module):
         (logits [s, b, V/t] without targets)."""
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(inputs.tokens)
-        if self.layers and inputs.plan is None:
+        if self.layers and inputs.plan is None:  # once a micro-batch and rank: all layers and further chunks share it
             inputs.rotary = rotary_table(inputs.position_ids, self.frequencies)
             inputs.plan = self.plan_attention(inputs.mask, inputs.tokens.shape[1])
         for group, recompute in self._layer_groups():
@@ -198,16 +200,17 @@ class Llama(nn.Module):
         return [(numbers[i : i + n], True) for i in range(0, len(numbers), n)]
 
     def _head(self, x: Tensor, inputs: ModelInputs) -> Tensor:
-        x, targets = self.norm(x), inputs.targets
+        x, targets = self.norm(x), inputs.targets  # [s/t, b, h], [s, b]
         if targets is not None:
             chunk_size = self.options.loss_chunk_size
             return token_log_probs(x, self.output.weight, targets, self._first_row(), self.tp, chunk_size, inputs.loss_weights)
-        logits = self.tp.gather_input(x) @ local_part(self.output.weight).T
+        logits = self.tp.gather_input(x) @ local_part(self.output.weight).T  # [s, b, V/t]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _output_layer(self, weight: Callable[[str], Tensor]) -> nn.Module:
         if self.config.untie_embeddings_and_output_weights:
             return ParallelLinear(weight("output.weight"))
+        # Tied: the very tensor of the embedding on one stage; on the last of several stages a copy, which starts from the same values.
         layer = ParallelLinear(weight("tok_embeddings.weight") if self.tok_embeddings is None else torch.empty(0))
         if self.tok_embeddings is not None:
             layer.weight = self.tok_embeddings.weight

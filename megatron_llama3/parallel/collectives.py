@@ -69,11 +69,11 @@ class _CopyToGroup(Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        return x.view_as(x)
+        return x.view_as(x)  # autograd wants another tensor than the input, and a view costs nothing
 
     @staticmethod
     def backward(ctx, grad):
-        return all_reduce(grad, ctx.group), None
+        return all_reduce(grad, ctx.group), None  # each rank's columns give a part of the input's gradient
 
 
 class _ReduceFromGroup(Function):
@@ -83,7 +83,7 @@ class _ReduceFromGroup(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return grad, None  # the sum is the same on all ranks, and so is its gradient
 
 
 class _GatherSequence(Function):

@@ -15,6 +15,7 @@ def chunk_ranges(seq_length: int, cp_size: int, cp_rank: int) -> list[tuple[int,
     """The [start, end) ranges of the whole sequence that a rank holds, in order: one for CP 1, two otherwise."""
     if cp_size == 1:
         return [(0, seq_length)]
+    # An early chunk with a late one: under a causal mask each rank then has the same number of (query, key) pairs.
     size = seq_length // (2 * cp_size)
     return [(c * size, (c + 1) * size) for c in (cp_rank, 2 * cp_size - 1 - cp_rank)]
 
@@ -30,12 +31,13 @@ class _GatherInOrder(Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        pairs = all_gather_first_dim(x, group).unflatten(0, (2 * group.size(), -1))
+        pairs = all_gather_first_dim(x, group).unflatten(0, (2 * group.size(), -1))  # [2*CP chunks as held, s/(2*CP), ...]
         return pairs[_order(group.size(), x.device, inverse=True)].flatten(0, 1)
 
     @staticmethod
     def backward(ctx, grad):
         chunks = grad.unflatten(0, (2 * ctx.group.size(), -1))
+        # Back into the order in which ranks hold them; every rank's queries had a part in every key's gradient, hence the sum.
         pairs = chunks[_order(ctx.group.size(), grad.device)].flatten(0, 1)
         return reduce_scatter_first_dim(pairs, ctx.group), None
 
@@ -51,4 +53,5 @@ def gather_keys_values(keys: Tensor, values: Tensor, group: dist.ProcessGroup) -
     """[s/cp, b, heads, d] each on every rank -> [s, b, heads, d] each, in the order of the sequence, by one collective."""
     if group.size() == 1:
         return keys, values
+    # Stacked behind the sequence, the dimension that is gathered: one message instead of two small ones.
     return _GatherInOrder.apply(torch.stack([keys, values], dim=1), group).unbind(1)

@@ -28,7 +28,7 @@ class Linear:
 
     def input_gradient(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """The sum over layers of [s, b, out] by [out, in] -> [s, b, in]"""
-        total = grads[0] @ weights[0]
+        total = grads[0] @ weights[0]  # [s, b, in]; the others are added in the product itself, without a tensor of their own
         for grad, weight in zip(grads[1:], weights[1:]):
             total.flatten(0, -2).addmm_(grad.flatten(0, -2), weight)
         return total
@@ -104,6 +104,7 @@ class _LinearLayers(Function):
         _, _, _, needs_x, *needed = ctx.needs_input_grad
         kept, needed = KeptInput(Recipe(ctx.make, tensors), how.collectives.gather), needed[ctx.count :]
         is_now = any(needed) and how.deferred is None
+        # Started before the products that hide it, and awaited after them.
         arriving = kept.start() if is_now else None
         x_grad = how.collectives.sum(how.linear.input_gradient(grads, weights)) if needs_x else lambda: None
         weight_grads = [None] * len(weights)

@@ -97,6 +97,7 @@ class PipelineExecutor:
         self.weight_halves: dict = {}
         self.leaving: list[tuple[dist.Work, Tensor]] = []
         for action in self.actions:
+            # A tensor that is on its way must live until it has left.
             self.leaving = [sent for sent in self.leaving if not sent[0].is_completed()]
             self._COMMANDS[action.kind](self, action)
         for work, _tensor in self.leaving:
@@ -125,7 +126,7 @@ class PipelineExecutor:
         if action.chunk > 0:
             x = self._arrived("RECV_F", action, self.outputs, action.chunk - 1)
         if x is not None and torch.is_grad_enabled():
-            self.inputs[key] = x.requires_grad_()
+            self.inputs[key] = x.requires_grad_()  # a leaf: its .grad is what the stage before is sent
         y = self.chunks[action.chunk](x, self.microbatches[action.microbatch])
         if action in self._chunk_after:  # behind this chunk's own weights, and beside its further forwards
             self.hooks.gather_ahead(self._chunk_after[action])

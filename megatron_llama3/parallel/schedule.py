@@ -70,12 +70,13 @@ def make_timeline(
 
 class _Rank:
     def __init__(self, rank: int, pp: int, chunks: int, microbatches: int, group_size: int, zero_bubble: bool):
-        own = [rank + pp * v for v in range(chunks)]
+        own = [rank + pp * v for v in range(chunks)]  # this rank's global chunks
         groups = [range(m, min(m + group_size, microbatches)) for m in range(0, microbatches, group_size)]
         self.forwards = [(c, m) for group in groups for c in own for m in group]
         self.backwards = [(c, m) for group in groups for c in reversed(own) for m in group]
         self.weights: list[tuple[int, int]] = []
         self.zero_bubble = zero_bubble
+        # Activations in flight: what is forwarded while the first micro-batch goes down the pipeline and comes back.
         self.share = pp - rank if chunks == 1 else 2 * (pp - rank - 1) + (chunks - 1) * group_size + 1
         self.memory = self.share + (rank if chunks == 1 else 2 * rank)
         self.free_at = self.forwarded = self.backwarded = self.weighted = 0
@@ -102,6 +103,7 @@ class _Rank:
         return None
 
     def _may_forward(self) -> bool:
+        # A weight half that waits still holds its activations.
         in_memory = self.forwarded - (self.weighted if self.zero_bubble else self.backwarded)
         return self.forwarded - self.backwarded < self.share and in_memory < self.memory
 

@@ -99,7 +99,7 @@ class VocabParallelEmbedding(nn.Module):
         weight = local_part(self.weight)
         if self.tp.size == 1:
             return F.embedding(tokens, weight)
-        row = tokens - self.first_row
+        row = tokens - self.first_row  # of this rank's [V/t, h]; a token of another rank's rows gives zeros here, and the sum finds it
         elsewhere = (row < 0) | (row >= weight.shape[0])
         found = F.embedding(row.masked_fill(elsewhere, 0), weight)
         return self.tp.reduce_output(found.masked_fill(elsewhere.unsqueeze(-1), 0))

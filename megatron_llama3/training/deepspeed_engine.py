@@ -184,6 +184,7 @@ class DeepSpeedEngine(Engine):
         self.parts.update_model()
 
     def _owned(self, name: str, kind: str) -> tuple[int, Tensor]:
+        # (where the part begins in the flattened weight, the part itself)
         return self.parts.part(self.trained[name], kind) if name in self.trained else self.parts.frozen_part(self.weights[name])
 
     # --- construction ---

@@ -36,8 +36,10 @@ class Engine(ABC):
         zero_bubble = config.parallel.pipeline_schedule == "zero-bubble"
         self.deferred = DeferredWeightGradients() if zero_bubble else None
         self.tp = TensorParallel(groups.tp, config.parallel.sequence_parallel, deferred=self.deferred)
+        # Chunks are numbered over the whole pipeline: chunk c lies on stage c % PP.
         self.last_chunk = groups.topology.pp * config.parallel.chunks_per_rank - 1
         self.chunks = self._build_chunks(trainable)
+        # A list of actions for each (number of micro-batches, forward only): the batch ramp changes the number.
         self._schedules: dict[tuple[int, bool], list[Action]] = {}
 
     # --- the verbs ---
@@ -54,7 +56,7 @@ class Engine(ABC):
         def on_output(output: Tensor, m: int) -> Tensor:
             loss, sums = objective(output, microbatches[m], self.groups.cp)
             totals.add_(sums / divisor)
-            return loss / divisor
+            return loss / divisor  # by the whole global batch's count before backward, so that all further reductions are sums
 
         self._run_pipeline(microbatches, on_output)
         self.finish_gradients()
@@ -80,12 +82,12 @@ class Engine(ABC):
     def clip_gradients(self, max_norm: float) -> float:
         """Scales gradients so that their global norm is at most `max_norm` (0: leaves them). Returns the norm before."""
         gradients = self.owned_gradients()
-        square = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        square = torch.zeros((), dtype=torch.float64, device=self.groups.device)  # of thousands of tensors
         counted = [g for name, g in gradients.items() if g.numel() and self.counts_in_norm(name)]
         if counted:
             square += torch.stack(torch._foreach_norm(counted)).double().square().sum().to(square.device)
         dist.all_reduce(square)
-        norm = square.sqrt().item()
+        norm = square.sqrt().item()  # of all weights on all ranks, the same number everywhere
         if gradients and 0 < max_norm < norm:
             torch._foreach_mul_(list(gradients.values()), max_norm / norm)
         return norm
@@ -202,6 +204,7 @@ class Engine(ABC):
     def _run_pipeline(self, microbatches: list[Microbatch], on_loss: Callable[[Tensor, int], Tensor], forward_only: bool = False) -> None:
         inputs = [m.inputs for m in microbatches]
         s, b = inputs[0].tokens.shape
+        # What passes between stages: cut along the sequence under sequence parallelism.
         shape = (s // self.tp.size if self.tp.sequence_parallel else s, b, self.config.model.hidden_size)
         actions = self._schedule(len(inputs), forward_only)
         lanes, every = {"F": self.groups.pp, "B": self.groups.pp_gradients}, self.config.parallel.reduce_gradients_every

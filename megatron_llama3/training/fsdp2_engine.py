@@ -29,6 +29,7 @@ class Fsdp2Engine(Engine):
             if self.is_sharded:
                 self._shard(chunk)
         self.parameters = {name: p for name, p in self.named_weights() if p.requires_grad}
+        # What Adam runs on: this rank's shard of each master weight, as a plain tensor on the same storage.
         self.locals = {name: local_part(p.detach()) for name, p in self.parameters.items()}
         self.optimizer = self._make_optimizer()
 
@@ -79,6 +80,7 @@ class Fsdp2Engine(Engine):
     def optimizer_step(self, lr: float) -> None:
         if self.optimizer is None:
             return
+        # FSDP leaves gradients on its DTensor parameters; the optimizer wants them on the shards it was given.
         for name, gradient in self.owned_gradients().items():
             self.locals[name].grad = gradient
         for group in self.optimizer.param_groups:
@@ -147,6 +149,7 @@ class Fsdp2Engine(Engine):
         o = self.config.optimizer
         betas = (o.adam_beta1, o.adam_beta2)
         optimizer = torch.optim.AdamW(self._decay_groups(self.locals), lr=o.lr, betas=betas, eps=o.adam_eps, fused=True)
+        # Moments are there before the first step, which would make them: a checkpoint is loaded into them.
         for tensor in self.locals.values():
             optimizer.state[tensor] = {
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),

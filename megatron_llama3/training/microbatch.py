@@ -24,12 +24,13 @@ def make_microbatches(batch: Batch, groups: ParallelGroups, document_mask: bool 
     seq_length = batch.tokens.shape[-1]
     mine = local_positions(seq_length, cp_size, cp_rank).numpy()
 
-    def on_device(array: np.ndarray) -> Tensor:
+    def on_device(array: np.ndarray) -> Tensor:  # [b, whole sequence] -> [s, b], s of this CP rank
         return to_device(array[..., mine].T, groups.device)
 
     microbatches = []
     for m in range(len(batch.tokens)):
         ids, positions = batch.document_ids[m], batch.position_ids[m]
+        # Where nothing has to be masked or told apart, kernels take a causal flag, and one row of positions serves all.
         one_document = not document_mask or bool((ids == ids[:, :1]).all())
         same_positions = bool((positions == positions[0]).all())
         mask = AttentionMask(chunk_ranges(seq_length, cp_size, cp_rank), None if one_document else ids, groups.device)
