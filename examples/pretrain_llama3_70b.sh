@@ -17,12 +17,13 @@ MODEL=(
 )
 
 PARALLEL=(
-    # The 8 GPUs of a node share every matrix, and with sequence parallelism the activations between blocks.
-    --tensor-model-parallel-size 8
+    # 4 GPUs share every matrix, and with sequence parallelism the activations between blocks. TP 8 would leave 40 GiB of a GPU unused, and
+    # twice the share of a step to TP's collectives; TP 4 with 2 pipeline ranks, or TP 2, does not fit (see for yourself: --dry-run).
+    --tensor-model-parallel-size 4
     --sequence-parallel
-    # 80 layers over 4 pipeline ranks of 5 chunks each: 20 chunks of 4 layers, so that a step of 8 micro-batches idles 3 / 40.
+    # 80 layers over 4 pipeline ranks of 10 chunks each: 40 chunks of 2 layers, so that a step of 8 micro-batches idles 3 / 80.
     --pipeline-model-parallel-size 4
-    --num-virtual-stages-per-pipeline-rank 5
+    --num-virtual-stages-per-pipeline-rank 10
     # All other GPUs are data parallel: FSDP2 shards gradients and optimizer state over them.
     --engine fsdp
     --compile-blocks

@@ -22,7 +22,8 @@ TENSOR_PARALLEL=2 PIPELINE_PARALLEL=1
 ((${WORLD_SIZE:-8} <= 2048)) || TENSOR_PARALLEL=8 PIPELINE_PARALLEL=2
 
 PARALLEL=(
-    # These GPUs share every matrix, and with sequence parallelism the activations between blocks.
+    # These GPUs share every matrix, and with sequence parallelism the activations between blocks. TP 1 would need 77 to 89 GiB a rank, since
+    # weights and whole fp32 gradients stay on it through a step: 45 GiB of the 8B.
     --tensor-model-parallel-size "$TENSOR_PARALLEL"
     --sequence-parallel
     --pipeline-model-parallel-size "$PIPELINE_PARALLEL"

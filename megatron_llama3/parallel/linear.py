@@ -12,6 +12,7 @@ Shapes: s = sequence on this rank before gathering, b = micro-batch.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
@@ -102,7 +103,8 @@ class _LinearLayers(Function):
         how, kept = ctx.how, ctx.saved_tensors  # read once, or a checkpointed forward would run again
         tensors, weights = kept[: ctx.count], kept[ctx.count :]
         _, _, _, needs_x, *needed = ctx.needs_input_grad
-        kept, needed = KeptInput(Recipe(ctx.make, tensors), how.collectives.gather), needed[ctx.count :]
+        gather = _gather_in_backward(how.collectives.gather, grads[0]) if torch.compiler.is_compiling() else how.collectives.gather
+        kept, needed = KeptInput(Recipe(ctx.make, tensors), gather), needed[ctx.count :]
         is_now = any(needed) and how.deferred is None
         # Started before the products that hide it, and awaited after them.
         arriving = kept.start() if is_now else None
@@ -114,3 +116,18 @@ class _LinearLayers(Function):
         elif any(needed):
             how.deferred.defer(kept, [(weight, grad) for weight, grad, need in zip(ctx.originals, grads, needed) if need])
         return None, None, None, x_grad(), *[None] * ctx.count, *weight_grads
+
+
+def _gather_in_backward(gather: Callable[[Tensor], Pending], grad: Tensor) -> Callable[[Tensor], Pending]:
+    """`gather` of what a compiler must believe to need `grad`: else it would gather in the forward pass already, and keep the result."""
+    return gather if gather is here else lambda x: gather(_not_before(x, grad))
+
+
+@torch.library.custom_op("megatron_llama3::not_before", mutates_args=())
+def _not_before(x: Tensor, grad: Tensor) -> Tensor:
+    return x.clone()  # an operator may not return its input
+
+
+@_not_before.register_fake
+def _(x: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(x)

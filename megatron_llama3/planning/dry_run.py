@@ -18,6 +18,7 @@ from megatron_llama3.config.schedules import Phase
 from megatron_llama3.data.loader import Batch
 from megatron_llama3.parallel.groups import initialize_groups
 from megatron_llama3.parallel.pipeline_parallel import PipelineExecutor
+from megatron_llama3.parallel.topology import Coordinates, Topology
 from megatron_llama3.planning.live_memory import LiveMemory
 from megatron_llama3.planning.memory import microbatches_of
 from megatron_llama3.planning.stand_ins import replaced, stand_ins
@@ -58,6 +59,15 @@ class FakeMemory(LiveMemory):
         if func is torch.ops.aten._assert_async.msg:
             return None
         return func(*args, **kwargs)
+
+
+def rank_of_stage(config: RunConfig, stage: int) -> int:
+    """The first rank of a pipeline stage on every other axis; under CP no rank keeps more than the first."""
+    p = config.parallel
+    topology = Topology(
+        tp=p.tensor_model_parallel_size, cp=p.context_parallel_size, pp=p.pipeline_model_parallel_size, dp=p.data_parallel_size
+    )
+    return topology.rank(Coordinates(tp=0, cp=0, pp=stage, dp=0))
 
 
 def measure_rank(config: RunConfig, phase: Phase, rank: int) -> MeasuredStep:
