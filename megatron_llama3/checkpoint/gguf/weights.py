@@ -36,9 +36,7 @@ def open_gguf(path: str | Path) -> WeightSource:
     Raises UserError for another architecture, an unknown field, a damaged file, or weights that do not fit the config.
     """
     path = gguf_file(Path(path))
-    reader = _reader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    fields, stored = _contents(path)
     model = _config(fields, stored, path)
     shapes = weight_shapes(model, len(stored), path)
     found = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in stored.items() if name != _ROPE_FACTORS}
@@ -63,14 +61,16 @@ def gguf_file(path: Path) -> Path:
     return files[0]
 
 
-def _reader(path: Path):
+def _contents(path: Path) -> tuple[dict, dict]:
+    """(values by key, the gguf package's tensors by name)."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise UserError("reading GGUF needs the gguf package: pip install gguf") from None
     check_header(path)
     try:
-        return GGUFReader(path)
+        reader = GGUFReader(path)
+        return {name: field.contents() for name, field in reader.fields.items()}, {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # a damaged file raises nearly anything
         raise UserError(f"{path}: truncated, or not a GGUF file ({error})") from None
 
