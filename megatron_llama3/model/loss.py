@@ -43,13 +43,13 @@ class _ChunkedLogProbs(Function):
         is_wanted = loss_weights is not None and any(ctx.needs_input_grad[:2])
         gradients = _Gradients(x, weight, dtype, *ctx.needs_input_grad[:2]) if is_wanted else None
         for rows in _chunks(len(x), chunk_size):
-            logits = (x[rows] @ weight.T).to(dtype)
-            peak = logits.amax(-1)
+            logits = (x[rows] @ weight.T).to(dtype)  # [rows, V/t]
+            peak = logits.amax(-1)  # over the whole vocabulary, so that exp cannot overflow on any rank
             if group.size() > 1:
                 dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
             logits -= peak.unsqueeze(-1)
             at_target = _at_target(logits, targets[rows] - first_row)
-            sums = torch.stack([logits.exp_().sum(-1), at_target])
+            sums = torch.stack([logits.exp_().sum(-1), at_target])  # both in one message; one rank holds the target, the others add 0
             if group.size() > 1:
                 dist.all_reduce(sums, group=group)
             log_sums[rows] = sums[0].log() + peak

@@ -51,6 +51,7 @@ class WeightSpec:
         if tp_size == 1 or self.split_dim is None:
             return None
         units = self.shape[self.split_dim] // self.unit
+        # A head is never cut: where there are fewer than ranks, each rank holds all of them and uses one.
         return None if self.unit > 1 and units < tp_size else self.split_dim
 
     def local_range(self, tp_size: int, tp_rank: int) -> tuple[int, int]:
@@ -90,7 +91,7 @@ def layer_weights(config: ModelConfig) -> dict[str, WeightSpec]:
     hidden, ffn, head = config.hidden_size, config.ffn_hidden_size, config.head_dim
     queries, keys = (config.num_attention_heads * head, hidden), (config.num_query_groups * head, hidden)
     std = config.init_method_std
-    out_std = std / math.sqrt(2 * config.num_layers)
+    out_std = std / math.sqrt(2 * config.num_layers)  # 2 * layers branches add up in the residual stream
     heads = PartialOver.HEADS
     table = {
         "attention_norm.weight": _residual_norm(config),

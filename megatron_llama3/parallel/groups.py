@@ -45,6 +45,7 @@ class ParallelGroups:
 
     def mesh(self) -> DeviceMesh:
         """The (dp_cp, tp) mesh of this rank's pipeline stage; its groups are megatron-core's own."""
+        # One row for each DP x CP rank, one column for each TP rank: ranks of TP are consecutive numbers.
         first_of_tp = [r - self.at.tp for r in self.topology.group_ranks(self.rank, "cp", "dp")]
         layout = [[first + t for t in range(self.topology.tp)] for first in first_of_tp]
         return DeviceMesh.from_group([self.dp_cp, self.tp], self.device.type, mesh=layout, mesh_dim_names=("dp_cp", "tp"))
@@ -59,6 +60,7 @@ def initialize_groups(config: ParallelConfig, timeout_minutes: float = 10.0) -> 
     device = _this_device()
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
+        # gloo beside NCCL: object collectives and asynchronous saves need a CPU backend in a GPU job too.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
@@ -123,7 +125,7 @@ def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: 
         context_parallel_size=cp,
         expert_tensor_parallel_size=tp * cp,  # megatron-core asserts on this rank order without it
         order="tp-cp-ep-pp-dp",
-        create_gloo_process_groups=False,
+        create_gloo_process_groups=False,  # `control` and `saving` below are all that runs on the CPU of a GPU job
         distributed_timeout_minutes=timeout_minutes,
     )
     rank = dist.get_rank()

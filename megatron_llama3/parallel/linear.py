@@ -114,6 +114,7 @@ class _LinearLayers(Function):
             gathered = arriving()
             weight_grads = [how.linear.weight_gradient(grad, gathered) if need else None for grad, need in zip(grads, needed)]
         elif any(needed):
+            # Zero bubble: the gathering too waits for the weights' half.
             how.deferred.defer(kept, [(weight, grad) for weight, grad, need in zip(ctx.originals, grads, needed) if need])
         return None, None, None, x_grad(), *[None] * ctx.count, *weight_grads
 

@@ -76,6 +76,7 @@ class PipelineExecutor:
     ):
         self.actions, self.chunks, self.last_chunk = actions, chunks, last_chunk
         self.lanes, self.device, self.hooks, self.deferred, self.reduce_every = lanes, device, hooks, deferred, reduce_every
+        # Each chunk's first forward, in the order of the list: the next chunk's weights are gathered behind it.
         first_forwards = {a.chunk: a for a in reversed(actions) if a.kind == "F"}
         in_order = sorted(first_forwards.values(), key=actions.index)
         self._chunk_after = {first: following.chunk for first, following in pairwise(in_order)}
@@ -89,6 +90,7 @@ class PipelineExecutor:
         self.microbatches, self.on_loss = microbatches, on_loss
         self.boundary = {"size": boundary_shape, "dtype": dtype, "device": self.device}
         self._one = torch.ones((), device=self.device, dtype=torch.promote_types(dtype, torch.float32))
+        # By (chunk, micro-batch): leaves that the chunk read, outputs to be sent, their edges into the graph, gradients to be sent.
         self.inputs: dict[tuple[int, int], Tensor] = {}
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self.edges: dict = {}

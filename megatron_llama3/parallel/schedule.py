@@ -33,11 +33,14 @@ class Action(NamedTuple):
 
 
 class Timed(NamedTuple):
+    """An action on the schedule's clock, in units of one forward of one chunk."""
+
     start: int
     end: int
     action: Action
 
 
+# Backward has two products for each of forward's: the input's gradient (I) and the weight's (W).
 COSTS = {"F": 1, "I": 1, "W": 1, "B": 2}
 
 
@@ -52,6 +55,7 @@ def make_timeline(
     """
     group_size = min(group_size or pp, microbatches)
     ranks = [_Rank(r, pp, chunks_per_rank, microbatches, group_size, zero_bubble) for r in range(pp)]
+    # An evaluation keeps nothing for a backward pass, so that nothing bounds how far a rank runs ahead.
     for rank in ranks if forward_only else ():
         rank.backwards, rank.share = [], len(rank.forwards)
         rank.memory = rank.share
@@ -63,6 +67,7 @@ def make_timeline(
             if rank.free_at <= now and (action := rank.choose(now, ends, last_chunk)):
                 rank.free_at = now + COSTS[action.kind]
                 rank.timeline.append(Timed(now, rank.free_at, action))
+                # What the stage before waits for is the input's gradient, which I gives as B does.
                 ends["B" if action.kind == "I" else action.kind, action.chunk, action.microbatch] = rank.free_at
         now += 1
     return [rank.timeline for rank in ranks]
@@ -72,6 +77,7 @@ class _Rank:
     def __init__(self, rank: int, pp: int, chunks: int, microbatches: int, group_size: int, zero_bubble: bool):
         own = [rank + pp * v for v in range(chunks)]  # this rank's global chunks
         groups = [range(m, min(m + group_size, microbatches)) for m in range(0, microbatches, group_size)]
+        # N micro-batches of one chunk, then the same N of the next chunk, then the next N; backwards in the order of the chunks' return.
         self.forwards = [(c, m) for group in groups for c in own for m in group]
         self.backwards = [(c, m) for group in groups for c in reversed(own) for m in group]
         self.weights: list[tuple[int, int]] = []
@@ -130,6 +136,7 @@ def with_communication(timeline: list[list[Timed]], chunks: int) -> list[list[Ac
             kind, step = ("F", 1) if action.kind == "F" else ("B", -1)
             to_chunk = action.chunk + step
             peer = to_chunk % pp
+            # No message from a weight half, from the ends of the model, or between two chunks of one rank (PP 1).
             if action.kind == "W" or not 0 <= to_chunk < chunks or peer == rank:
                 continue
             events.append((end, 0, rank, Action(f"SEND_{kind}", action.chunk, action.microbatch, peer)))

@@ -30,6 +30,7 @@ class Topology:
         return c.tp + self.tp * (c.cp + self.cp * (c.pp + self.pp * c.dp))
 
     def coordinates(self, rank: int) -> Coordinates:
+        # Digits of the rank's number, the fastest first.
         rank, tp = divmod(rank, self.tp)
         rank, cp = divmod(rank, self.cp)
         dp, pp = divmod(rank, self.pp)

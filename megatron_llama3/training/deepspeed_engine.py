@@ -70,7 +70,7 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def finish_gradients(self) -> None:
         if self.stage == 1:
-            if self.ballast is not None:
+            if self.ballast is not None:  # DeepSpeed reduces what has a gradient
                 torch.autograd.backward(self.ballast, torch.zeros_like(self.ballast))
             self.deepspeed.allreduce_gradients()
         elif self.stage == 3:  # which knows only the mean over data-parallel ranks
@@ -92,6 +92,7 @@ class DeepSpeedEngine(Engine):
             places[name] = whole[start : start + part.numel()], part
             places[name][0].copy_(part)
         dist.all_reduce(bucket, group=self.groups.dp_cp)  # puts the data-parallel ranks' parts together
+        # Copies that are equal up to rounding are taken from one rank: they must stay equal to the last bit.
         for name in adds:
             if not adds[name]:
                 wholes[name].zero_()
@@ -167,6 +168,7 @@ class DeepSpeedEngine(Engine):
         """The data-parallel ranks' parts of this TP rank's shard, flat, in the main dtype (collective)."""
         start, part = self._owned(name, kind)
         shape = self.weight(name).local_shape(self.tp.size, self.tp.rank)
+        # Each data-parallel rank fills its own range of zeros: their sum is the whole.
         flat = torch.zeros(math.prod(shape), dtype=self.main_dtype, device=self.groups.device)
         flat[start : start + part.numel()] = part
         if name in self.trained or self.stage == 3:

@@ -184,12 +184,12 @@ class Engine(ABC):
         )
         chunks = {}
         for number, content in enumerate(layers_of_chunks(c.model, p)):
-            if number % self.groups.topology.pp != self.groups.at.pp:
+            if number % self.groups.topology.pp != self.groups.at.pp:  # another stage's
                 continue
             chunk = Llama(c.model, self.tp, self.groups.cp, content.layers, content.has_embedding, content.has_output, options)
             for name, parameter in chunk.named_weights():
                 parameter.requires_grad_(trainable(name))
-            if p.compile_blocks:
+            if p.compile_blocks:  # one by one: all have the same shapes, and so one compiled graph
                 for block in chunk.layers.values():
                     block.compile()
             chunks[number] = chunk
@@ -223,6 +223,7 @@ class Engine(ABC):
 
     def _global_count(self, batch: Batch, objective: Objective) -> int:
         """Over the data-parallel ranks."""
+        # Over DP alone: the ranks of TP, CP and PP read the same batch.
         count = torch.tensor(objective.count(batch), device=self.groups.device)
         dist.all_reduce(count, group=self.groups.dp)
         return int(count)

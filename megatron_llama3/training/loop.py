@@ -31,6 +31,7 @@ def train(
         if result.skipped is None:
             state.useful_seconds += time.monotonic() - started
         reason = stop.after(state, engine.groups.control)
+        # Hooks hear whether this step was the last, so that it is saved.
         for hook in hooks:
             hook(state, result, reason is not None)
         if reason is not None:

@@ -62,7 +62,7 @@ class MetricsLogger:
 
     def training_paused(self, seconds: float) -> None:
         """Between the last step and the next something else was done, which is no training time."""
-        self.since += seconds
+        self.since += seconds  # as if the interval of these metrics had begun later
 
     def saved(self, state: TrainState, stall_seconds: float) -> None:
         """Notes a checkpoint, and for how long training stood still for it (the rest is written in the background)."""
@@ -101,6 +101,7 @@ class MetricsLogger:
             record["gradient_norm"] = result.gradient_norm
         if len(self.losses) < self.steps:
             record["skipped_steps"] = self.steps - len(self.losses)
+        # Per rank and second; the model FLOPs of the paper's MFU, recomputation not counted.
         for kind in ("full", "causal"):
             flops = flops_per_token(self.config.model, result.seq_length, causal=kind == "causal")
             record[f"tflops_per_rank_{kind}_attention"] = tokens_per_second * flops / ranks / 1e12

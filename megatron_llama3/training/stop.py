@@ -33,6 +33,7 @@ class StopReasons:
             return "--train-iters is reached"
         if t.exit_interval and state.iteration % t.exit_interval == 0:
             return "--exit-interval is reached"
+        # Clocks and signals differ from rank to rank, so that these two are agreed on; what stands above is the same everywhere.
         if t.exit_duration_in_mins and _largest(time.monotonic() - self.started > 60 * t.exit_duration_in_mins, control):
             return "--exit-duration-in-mins is over"
         if t.exit_signal_handler:

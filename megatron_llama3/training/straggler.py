@@ -60,7 +60,7 @@ class StragglerReport:
             now = time.monotonic()
             place = place_of_thread(self.thread, self.probe is not None)
             if place.is_training and not place.is_waiting:
-                self.worked += now - last
+                self.worked += now - last  # seconds, to within a sample
             last = now
 
 
@@ -68,6 +68,7 @@ def slow_ranks(times: list[dict[str, float]], factor: float) -> list[tuple[int, 
     """(rank, measure, how many times the median) of each rank that is above `factor` in a measure, in seconds."""
     found = []
     for measure in times[0]:
+        # The median, since a mean would follow the slow rank itself.
         usual = max(median(t[measure] for t in times), NEGLIGIBLE_SECONDS)
         found += [(rank, measure, t[measure] / usual) for rank, t in enumerate(times) if t[measure] > factor * usual]
     return found
