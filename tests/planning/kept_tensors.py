@@ -137,6 +137,9 @@ class _Recorder:
     def _watch(self, block: Block) -> None:
         self._name_norm(block.attention_norm, "attention_norm")
         self._name_norm(block.ffn_norm, "ffn_norm")
+        for name in ("q_norm", "k_norm"):
+            if (norm := getattr(block.attention, name)) is not None:
+                self._name_norm(norm, name)
         attend = block.attention.core
 
         def core(q, k, v, plan):

@@ -14,6 +14,7 @@ QUICK = [
     PLAIN | {"tp": 2, "sp": True, "pp": 2, "schedule": "zero-bubble", "positions": "no document mask"},
     PLAIN | {"pp": 2, "dp": 2, "split": "embedding", "recompute": "full-uniform-2"},
     PLAIN | {"tp": 3, "sp": True, "kv_heads": 3, "recompute": "selective-layernorm"},
+    PLAIN | {"tp": 4, "kv_heads": 2, "qk_norm": True},
 ]
 # Of weights that are frozen no formula knows: no flag freezes any.
 MATRIX = list(matrix(AXES | {"frozen": (False,)}, pool=1000))
