@@ -174,9 +174,12 @@ def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: Tra
     _load_tensors(engine, SafeFileSystemReader(folder), folder, state.updates, with_optimizer)
     if options.finetune:
         return TrainState()
-    stream.load_state_dict(saved["data"])
-    if not options.no_load_rng:
-        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(saved["rng"])), dtype=torch.uint8))
+    try:
+        stream.load_state_dict(saved["data"])
+        if not options.no_load_rng:
+            torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(saved["rng"])), dtype=torch.uint8))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # a part missing, or of another form
+        raise UserError(f"{folder / STATE_FILE}: damaged: its data position or random state cannot be restored ({error!r})") from None
     return state
 
 
