@@ -1,34 +1,29 @@
-"""A train state whose parts are missing or of another form is one line."""
+"""What the writer of checkpoints does before the first save."""
 
-import json
-import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
-from megatron_llama3.checkpoint import store
-from megatron_llama3.config.errors import UserError
+from megatron_llama3.checkpoint.store import CheckpointWriter
 from megatron_llama3.config.run import RunConfig
 
 
-class Stream:
-    """Reads a data position as the training stream does."""
+@pytest.mark.parametrize("rank, is_left", [(0, False), (1, True)])
+def test_rank_0_clears_up_what_a_killed_run_left(tmp_path, monkeypatch, rank, is_left):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo")
+    partial = tmp_path / "iter_0000005.partial"
+    partial.mkdir()
+    config = RunConfig()
+    config.checkpoint.save = str(tmp_path)
+    writer = CheckpointWriter(config, SimpleNamespace(groups=SimpleNamespace(saving=None, rank=rank)))
+    assert partial.exists() == is_left
+    assert (writer.protected, writer.pending, writer.last_stall_seconds) == (None, None, 0.0)
 
-    def load_state_dict(self, state: dict) -> None:
-        assert state["seed"] == 0
-        assert state["sources"][0]["epoch"] == 0
 
-
-GOOD = {"data": {"seed": 0, "sources": [{"epoch": 0}]}, "rng": ""}
-
-
-@pytest.mark.parametrize(
-    "change", [{"data": {}}, {"data": "x"}, {"data": {"seed": 0, "sources": []}}, {"rng": ""}, {"rng": "é"}, {"rng": 3}]
-)
-def test_a_damaged_train_state_is_one_line(save, tmp_path, monkeypatch, change):
-    monkeypatch.setattr(store, "_load_tensors", lambda *arguments: None)
-    folder = shutil.copytree(save / "iter_0000030", tmp_path / "copy" / "iter_0000030")
-    path = folder / "train_state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | GOOD | change))
-    with pytest.raises(UserError, match=r"train_state\.json: damaged: its data position or random state") as error:
-        store.load_checkpoint(folder, RunConfig(), None, Stream())
-    assert "\n" not in str(error.value)
+def test_saving_needs_a_group_of_cpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    config = RunConfig()
+    config.checkpoint.save = str(tmp_path)
+    with pytest.raises(RuntimeError, match="CPU backend"):
+        CheckpointWriter(config, SimpleNamespace(groups=SimpleNamespace(saving=None, rank=0)))

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,3 +179,18 @@ def test_torchs_fused_norm_is_found():
     x, weight = torch.randn(3, 8), torch.randn(8)
     expected = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
     torch.testing.assert_close(norm(x, weight, 1e-5), expected)
+
+
+FULL = {"recompute_granularity": "full"}
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, [("01234", False)]),
+    ({"recompute_granularity": "selective", "recompute_num_layers": 2}, [("01234", False)]),
+    (FULL, [("0", True), ("1", True), ("2", True), ("3", True), ("4", True)]),
+    ({**FULL, "recompute_method": "uniform", "recompute_num_layers": 2}, [("01", True), ("23", True), ("4", True)]),
+    ({**FULL, "recompute_method": "block", "recompute_num_layers": 2}, [("0", True), ("1", True), ("234", False)]),
+])  # fmt: skip
+def test_layers_that_are_recomputed_as_one(options, expected):
+    model = SimpleNamespace(layers=dict.fromkeys("01234"), options=BuildOptions(**options))
+    assert [("".join(numbers), recompute) for numbers, recompute in Llama._layer_groups(model)] == expected
