@@ -16,8 +16,9 @@ QUICK = [
     PLAIN | {"tp": 3, "sp": True, "kv_heads": 3, "recompute": "selective-layernorm"},
     PLAIN | {"tp": 4, "kv_heads": 2, "qk_norm": True},
 ]
-# Of weights that are frozen no formula knows: no flag freezes any.
-MATRIX = list(matrix(AXES | {"frozen": (False,)}, pool=1000))
+# Only axes that change what is kept; of frozen weights no formula knows, as no flag freezes any.
+SAME_KEPT = {"frozen": (False,), "n": (None,), "reduce_every": (None,), "dp": (1, 2), "split": ("even", "embedding", "loss")}
+MATRIX = matrix(AXES | SAME_KEPT, pool=1000)
 
 
 def config_of_row(row: Row) -> RunConfig:
