@@ -31,9 +31,11 @@ def spare_bytes(config: RunConfig, needed: int) -> float:
 
 
 def changes_that_fit(config: RunConfig, phase: Phase, count: int = 2) -> list[Change]:
-    """The first of these that fit, in order of what they cost in speed."""
-    found = []
+    """The first of these that fit, in order of what they cost in speed; none that only adds to one that fits already."""
+    found, sufficient = [], []
     for fields in _candidates(config):
+        if any(fewer.items() <= fields.items() for fewer in sufficient):
+            continue
         changed = deepcopy(config)
         for name, value in fields.items():
             setattr(changed.parallel, name, value)
@@ -43,6 +45,7 @@ def changes_that_fit(config: RunConfig, phase: Phase, count: int = 2) -> list[Ch
         spare = spare_bytes(changed, peak_memory(changed, phase).total)
         if spare >= 0:
             found.append(Change(" ".join(_as_flags(fields)), spare))
+            sufficient.append(fields)
         if len(found) == count:
             break
     return found

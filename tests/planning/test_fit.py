@@ -7,7 +7,7 @@ import pytest
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.schedules import phases
 from megatron_llama3.planning.estimate import describe
-from megatron_llama3.planning.fit import GIB, spare_bytes
+from megatron_llama3.planning.fit import GIB, changes_that_fit, spare_bytes
 from megatron_llama3.planning.memory import peak_memory
 
 RUN = [
@@ -35,7 +35,7 @@ def test_what_would_fit_does():
     lines = describe(parse_run_config([*RUN, *device])).splitlines()
     assert any(re.fullmatch(r" +does not fit a GPU of [\d.]+ GiB less 5 in reserve: 0.50 GiB too much", line) for line in lines)
     offers = [re.fullmatch(r" +would fit with (.+): ([\d.]+) GiB to spare", line) for line in lines if "would fit" in line]
-    assert len(offers) == 2
+    assert offers
     for offer in offers:
         config = parse_run_config([*RUN, *device, *offer[1].split()])
         spare = spare_bytes(config, peak_memory(config, phases(config)[0]).total) / GIB
@@ -46,3 +46,14 @@ def test_says_so_where_nothing_helps():
     text = describe(parse_run_config([*RUN, "--device-memory-gib", "6"]))
     assert "makes it fit" in text
     assert "would fit" not in text
+
+
+def test_no_offer_only_adds_to_another_that_fits():
+    config = parse_run_config(RUN)
+    offered = set()
+    for gib in range(8, 40, 2):
+        config.parallel.device_memory_gib = float(gib)
+        offers = [frozenset(re.findall(r"--[a-z-]+ \S+", change.flags)) for change in changes_that_fit(config, phases(config)[0], count=9)]
+        assert not any(a < b for a in offers for b in offers)
+        offered |= set(offers)
+    assert len(offered) > 3
