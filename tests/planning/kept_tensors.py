@@ -198,7 +198,7 @@ class _Recorder:
         if within.endswith("norm"):
             return f"{within}.inverse_rms" if tensor.shape[-1] == 1 else ONLY_ON_A_CPU
         if within == "core":
-            is_result = tensor.shape[-1] == self.chunk.config.head_dim
+            is_result = tensor.shape[1] > 1  # heads; a mask is the same for all
             return "log_sums" if tensor.dim() == 3 else "attention.result by range" if is_result else ONLY_ON_A_CPU
         if within == "embedding":
             return f"embedding.{'elsewhere' if tensor.dtype == torch.bool else 'rows'}"
