@@ -55,8 +55,7 @@ class _ChunkedLogProbs(Function):
             log_sums[rows] = sums[0].log() + peak
             log_probs[rows] = sums[1] - sums[0].log()
             if gradients is not None:
-                probabilities = logits.div_(sums[0].unsqueeze(-1))
-                gradients.add(rows, probabilities, targets[rows] - first_row, loss_weights.flatten()[rows].to(dtype))
+                gradients.add(rows, logits, sums[0], targets[rows] - first_row, loss_weights.flatten()[rows].to(dtype))
         ctx.hidden_shape, ctx.first_row, ctx.chunk_size = hidden.shape, first_row, chunk_size
         ctx.is_ready, ctx.weight_dtype = gradients is not None, weight.dtype
         if ctx.is_ready:
@@ -82,7 +81,7 @@ class _ChunkedLogProbs(Function):
             gradients = _Gradients(x, weight, log_sums.dtype, *ctx.needs_input_grad[:2])
             for rows in _chunks(len(x), ctx.chunk_size):
                 probabilities = (x[rows] @ weight.T).to(log_sums.dtype).sub_(log_sums[rows].unsqueeze(-1)).exp_()
-                gradients.add(rows, probabilities, targets[rows] - ctx.first_row, grad.flatten()[rows])
+                gradients.add(rows, probabilities, None, targets[rows] - ctx.first_row, grad.flatten()[rows])
             x_grad, weight_grad = gradients.x, gradients.weight
         x_grad = None if x_grad is None else x_grad.view(ctx.hidden_shape)
         return x_grad, None if weight_grad is None else weight_grad.to(ctx.weight_dtype), None, None, None, None, None
@@ -96,15 +95,19 @@ class _Gradients:
         self.x = torch.empty_like(x) if needs_x else None
         self.weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
 
-    def add(self, rows: slice, probabilities: Tensor, columns: Tensor, weights: Tensor) -> None:
-        """Uses up `probabilities`, [rows, V/t]."""
+    def add(self, rows: slice, probabilities: Tensor, sums: Tensor | None, columns: Tensor, weights: Tensor) -> None:
+        """Uses up `probabilities`, [rows, V/t], which are still to be divided by `sums` [rows] where those are given."""
         # d log p(target) / d logits = onehot(target) - p
-        logits_grad = probabilities.mul_(-weights.unsqueeze(-1))
+        logits_grad = probabilities.mul_((-weights if sums is None else -weights / sums).unsqueeze(-1))
         _add_at_target(logits_grad, columns, weights)
         logits_grad = logits_grad.to(self.inputs.dtype)
         if self.x is not None:
             torch.mm(logits_grad, self.output_weight, out=self.x[rows])
-        if self.weight is not None:
+        if self.weight is None:
+            return
+        if self.weight.dtype == logits_grad.dtype:
+            self.weight.addmm_(logits_grad.T, self.inputs[rows])
+        else:
             self.weight += logits_grad.T @ self.inputs[rows]
 
 

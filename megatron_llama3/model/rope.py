@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from megatron_llama3.config.model import ModelConfig
 
@@ -37,6 +38,27 @@ def rotary_table(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Ten
 def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """x [s, b, heads, head_dim], rotated in the table's dtype and returned in its own."""
     cos, sin = table
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # torch.compile makes one pass of the lines below itself
+        return _RotateInOnePass.apply(x, cos, sin)
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).to(x.dtype)
+
+
+class _RotateInOnePass(Function):
+    """A product of complex numbers; the gradient turns back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _times(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _times(grad, cos, -sin), None, None
+
+
+def _times(x: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.to(real.dtype).contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(real, imaginary)).flatten(-2).to(x.dtype)

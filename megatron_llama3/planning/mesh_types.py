@@ -245,7 +245,7 @@ def _product(left: Tensor, right: Tensor, axis: MeshAxis, is_matrix_product: boo
         raise SpmdTypeError(f"a product of two partial sums on axis {axis}")
     if pair == [V, V]:
         return P if is_matrix_product else V  # a matrix product of two such sums over the dimension that the axis cuts
-    return next((t for t in (P, V) if t in pair), R)
+    return next((t for t in (P, V, R) if t in pair), I)
 
 
 def _typed_collective(func, args: Sequence, kwargs: dict) -> Tensor | None:
@@ -274,5 +274,5 @@ _COLLECTIVES = {
 _MATRIX_PRODUCTS = {F.linear, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.addmm_}
 _PRODUCTS = _MATRIX_PRODUCTS | {Tensor.mul, Tensor.__mul__}
 _ALLOCATIONS = {Tensor.new_empty, torch.empty_like, torch.zeros_like}
-_UNCHANGED = {Tensor.__getitem__, Tensor.to, _functional.wait_tensor}
+_UNCHANGED = {Tensor.__getitem__, Tensor.to, torch.view_as_complex, torch.view_as_real, _functional.wait_tensor}
 _WRITES = {Tensor.__setitem__, Tensor.__iadd__, Tensor.add_}

@@ -66,3 +66,16 @@ def test_bf16_activations_are_rotated_in_float32():
     table = rotary_table(torch.arange(4000, 4008).unsqueeze(1), rotary_frequencies(model))
     x = torch.randn(8, 1, 2, 16).bfloat16()
     torch.testing.assert_close(apply_rotary(x, table), apply_rotary(x.float(), table).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_form_for_gpus_and_compiled_blocks_is_that_of_a_cpu(dtype, monkeypatch):
+    x, grad = torch.randn(2, 7, 2, 3, 8, dtype=dtype)
+    table = rotary_table(torch.arange(7)[:, None], torch.rand(4, dtype=torch.promote_types(dtype, torch.float32)))
+    results = []
+    for is_compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=is_compiling: value)
+        y = apply_rotary(x.requires_grad_(), table)
+        results.append((y, *torch.autograd.grad(y, x, grad)))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other)
