@@ -48,7 +48,7 @@ def test_kept_by_name(row):
     check(row)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("row", MATRIX, ids=name_of)
 def test_kept_by_name_over_the_matrix(row):
     check(row)
