@@ -240,7 +240,7 @@ def test_the_types_of_a_trial(monkeypatch):
     monkeypatch.setattr(WeightSpec, "gradient_is_partial", lambda spec, tp, sequence_parallel: False)
     (error,) = module.type_errors(trial)
     assert error.startswith("TP 2, M")
-    assert "SpmdTypeError: Invariant type on axis" in error
+    assert "SpmdTypeError: " in error
 
 
 @pytest.mark.parametrize(
