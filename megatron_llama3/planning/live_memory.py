@@ -11,13 +11,14 @@ from torch.utils._pytree import tree_leaves
 class LiveMemory(TorchDispatchMode):
     """While it is entered, storages that operations return are counted until they die, or are resized to nothing as FSDP2 does.
 
-    `live` and `peak` in bytes; set `peak` to `live` to begin a new measurement.
+    `live` and `peak` in bytes; set `peak` to `live` to begin a new measurement. `born`: storages counted so far, dead ones too.
     """
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.born = 0
         self._sizes: dict[int, int] = {}
+        self._births: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
@@ -27,6 +28,10 @@ class LiveMemory(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor):
                 self._note(leaf.untyped_storage())
         return result
+
+    def live_of_later(self, born: int) -> int:
+        """Bytes alive of the storages that came after the first `born`, whatever becomes of the earlier ones meanwhile."""
+        return sum(self._sizes[key] for key, birth in list(self._births.items()) if birth > born and key in self._sizes)
 
     def answer(self, func, args, kwargs):
         """The operation itself; fake_run.py answers some in its place."""
@@ -44,7 +49,8 @@ class LiveMemory(TorchDispatchMode):
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = 0
+            self.born += 1
+            self._sizes[key], self._births[key] = 0, self.born
             self._set(key, storage.nbytes())
             weakref.finalize(storage, self._forget, key).atexit = False
 
@@ -63,3 +69,4 @@ class LiveMemory(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
+        del self._births[key]

@@ -4,6 +4,7 @@ which name; a count of live storages says that nothing is kept besides.
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from unittest.mock import patch
@@ -76,21 +77,22 @@ def measure_rank(config: RunConfig) -> list[KeptByForward]:
     def measured_forward(executor, action):
         chunk = executor.chunks[action.chunk]
         inputs = executor.microbatches[action.microbatch]
-        planned_before, before = inputs.plan, memory.live
+        planned_before, before = inputs.plan, memory.born
         recorder = _Recorder(chunk)
         with recorder:
             forward(executor, action)
         measured = recorder.kept(inputs)
         recorder.names.held.clear()
-        # What came in was alive before and is kept, what goes out is not; all chunks of a micro-batch share a plan and a rotary table.
+        # What came in is older and is kept, what goes out is new and is not; all chunks of a micro-batch share a plan and a rotary table.
         received = executor.inputs.get((action.chunk, action.microbatch))
         shared = [] if planned_before is not None else _shared(inputs)
         sent = executor.outputs.get((action.chunk, action.microbatch))
-        moved = before - _bytes([received]) + _bytes([sent, *shared])
-        _wait_for_gloo(memory, moved + sum(measured.values()))
+        moved = _bytes([received]) - _bytes([sent, *shared])
+        planned = kept_by_chunk(config, tokens, contents[action.chunk])
+        most = sum(planned.values()) + measured.get(ONLY_ON_A_CPU, 0)
+        live = _live_once_gloo_let_go(lambda: memory.live_of_later(before) + moved, most)
         if action.microbatch > 0:
-            planned = kept_by_chunk(config, tokens, contents[action.chunk])
-            found.append(KeptByForward(action.chunk, planned, measured, memory.live - moved))
+            found.append(KeptByForward(action.chunk, planned, measured, live))
 
     with memory, patch.dict(PipelineExecutor._COMMANDS, F=measured_forward):
         engine = build_engine(config, groups)
@@ -98,11 +100,12 @@ def measure_rank(config: RunConfig) -> list[KeptByForward]:
     return found if groups.at.tp == 0 else []
 
 
-def _wait_for_gloo(memory: LiveMemory, expected: int) -> None:
-    """Its threads let go of a collective's tensors a moment after it is done."""
+def _live_once_gloo_let_go(live: Callable[[], int], expected: float) -> int:
+    """Its threads let go of a collective's tensors a moment after it is done: what is alive once it is as expected, or after 2 s."""
     deadline = time.monotonic() + 2
-    while memory.live > expected and time.monotonic() < deadline:
+    while live() > 1.005 * expected and time.monotonic() < deadline:
         time.sleep(0.001)
+    return live()
 
 
 class _Recorder:

@@ -12,6 +12,7 @@ QUICK = [
     PLAIN | {"tp": 2, "sp": True, "pp": 2, "v": 2, "tied": True},
     PLAIN | {"tp": 4, "cp": 2, "kv_heads": 2, "micro_batch": 2},
     PLAIN | {"tp": 2, "sp": True, "pp": 2, "schedule": "zero-bubble", "positions": "no document mask"},
+    PLAIN | {"pp": 2, "dp": 2, "split": "embedding", "recompute": "full-uniform-2"},
     PLAIN | {"tp": 3, "sp": True, "kv_heads": 3, "recompute": "selective-layernorm"},
     PLAIN | {"tp": 4, "kv_heads": 2, "qk_norm": True},
 ]
@@ -27,33 +28,27 @@ def config_of_row(row: Row) -> RunConfig:
     return config
 
 
-def check(row: Row, with_live_bytes: bool) -> None:
+def check(row: Row) -> None:
     config = config_of_row(row)
     for forwards in run_ranks(config.parallel.world_size, measure_rank, config):
         for forward in forwards:
             check_forward(forward, has_checkpoint=row["recompute"] not in (None, "selective-layernorm"))
-            if with_live_bytes:
-                check_live_bytes(forward)
 
 
 def check_forward(forward: KeptByForward, has_checkpoint: bool) -> None:
     kept = {name: size for name, size in forward.measured.items() if name != ONLY_ON_A_CPU}
     if not has_checkpoint:  # which keeps what it will start from out of sight of hooks
         assert kept == pytest.approx(forward.planned, rel=0.01)
-
-
-def check_live_bytes(forward: KeptByForward) -> None:
-    """Not in the default suite: on a loaded machine up to 11% less was seen to live, in rows that pass alone."""
     only_here = forward.measured.get(ONLY_ON_A_CPU, 0)
     assert forward.live - only_here == pytest.approx(sum(forward.planned.values()), rel=0.01)
 
 
 @pytest.mark.parametrize("row", QUICK, ids=name_of)
 def test_kept_by_name(row):
-    check(row, with_live_bytes=False)
+    check(row)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("row", MATRIX, ids=name_of)
 def test_kept_by_name_over_the_matrix(row):
-    check(row, with_live_bytes=True)
+    check(row)
