@@ -1,6 +1,8 @@
 """What a launcher (torchrun, srun) says of a rank in the environment, checked before torch is imported: each gap is one line."""
 
 import os
+import socket
+import time
 
 from megatron_llama3.config.errors import UserError
 
@@ -19,6 +21,24 @@ def check_launcher() -> None:
     rank, world_size = (_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
     if rank >= world_size:
         raise UserError(f"RANK={rank} in the environment, but WORLD_SIZE={world_size}: ranks count from 0")
+
+
+def wait_for_rank_0(minutes: float) -> None:
+    """Until the rendezvous of MASTER_ADDR takes connections; torch's own waiting ends in pages of C++ frames.
+
+    Raises RuntimeError after so many minutes: a rank that is lost, not a mistake (see training/failures.py)."""
+    if os.environ.get("RANK", "0") == "0":
+        return
+    address, deadline = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), time.monotonic() + 60 * minutes
+    while True:
+        try:
+            socket.create_connection(address, timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                place = f"rank 0 at {address[0]}:{address[1]}"
+                raise RuntimeError(f"Timed out waiting for {place}, which did not come in {minutes:g} minutes: {error}") from None
+        time.sleep(1)
 
 
 def _refuse_lone_task(environment) -> None:

@@ -11,7 +11,7 @@ import time
 from functools import partial
 
 from megatron_llama3.config.command_line import parse_run_config
-from megatron_llama3.config.launcher import check_launcher
+from megatron_llama3.config.launcher import check_launcher, wait_for_rank_0
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.tokenizer.llama3 import check_vocabulary_size
 from megatron_llama3.training.failures import run_and_exit
@@ -88,6 +88,7 @@ def main() -> int:
     if not config.dry_run:
         check_launcher()
         end_with_launcher()
+        wait_for_rank_0(config.training.distributed_timeout_minutes)
         return pretrain(config)
     from megatron_llama3.planning.estimate import describe
 

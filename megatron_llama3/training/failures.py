@@ -29,6 +29,7 @@ PATIENCE_SECONDS = 2.0
 # What gloo, NCCL and the store say when a peer is gone; their complaints about wrong arguments are faults of the program.
 _LOST_CONTACT = re.compile(
     r"gloo/transport|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket Timeout|failed to recv"
+    r"|client socket has timed out|waiting for clients"  # rank 0, or the others, never came
     r"|ncclRemoteError|remote process|communicator was aborted|collective operation timeout",
     re.IGNORECASE,
 )

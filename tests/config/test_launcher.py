@@ -1,9 +1,14 @@
 """A launcher's environment with a gap is one line, before torch is imported."""
 
+import socket
+import threading
+import time
+
 import pytest
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.config.launcher import check_launcher
+from megatron_llama3.config.launcher import check_launcher, wait_for_rank_0
+from megatron_llama3.training.failures import has_lost_contact
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 NAMES = (*WHOLE, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_JOB_ID")
@@ -48,3 +53,19 @@ def test_gaps_are_one_line(environment, values, expected):
     with pytest.raises(UserError, match=expected) as caught:
         check_launcher()
     assert "\n" not in str(caught.value)
+
+
+def test_a_rank_waits_for_rank_0_and_is_lost_without_it(environment):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        environment(WHOLE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        with pytest.raises(RuntimeError, match=rf"rank 0 at 127.0.0.1:{port}, which did not come in 0 minutes") as caught:
+            wait_for_rank_0(0)
+        assert has_lost_contact(caught.value)
+        threading.Timer(0.5, listener.listen).start()
+        started = time.monotonic()
+        wait_for_rank_0(1)
+        assert 0.4 < time.monotonic() - started < 10
+    environment({"RANK": "0", "MASTER_PORT": "1"})
+    wait_for_rank_0(0)  # it is rank 0 that the others wait for
