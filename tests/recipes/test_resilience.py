@@ -212,7 +212,7 @@ def test_a_slow_rank_is_named(data, tmp_path):
     assert statuses(start(flags, 4, tmp_path / "log", slow_on_rank_2)) == [0, 0, 0, 0]
     found = events(tmp_path, "straggler")
     assert {e["iteration"] for e in found if e["rank"] == 2} == {6, 12}
-    most = max(found, key=lambda e: e["factor"])
+    most = max((e for e in found if e["iteration"] == 12), key=lambda e: e["factor"])  # the first steps have what is done once in them
     assert (most["rank"], most["measure"]) == (2, "own work a step")
     assert re.search(r"^straggler: iteration 12 \| rank 2 on \S+ took 0\.\d+ s for own work a step", (tmp_path / "log").read_text(), re.M)
 

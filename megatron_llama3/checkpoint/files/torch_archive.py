@@ -39,7 +39,8 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self._allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a checkpoint has no use for; loading it could run code")
+            wanted = f"{module}.{name}".encode("unicode_escape").decode()  # what a damaged file says may break a line
+            raise pickle.UnpicklingError(f"it asks for {wanted}, which a checkpoint has no use for; loading it could run code")
         return self._allowed[module, name]
 
 
