@@ -52,6 +52,8 @@ class CheckpointWriter:
         self.pending: Future | None = None
         self.pinned: DefaultStager | None = None
         self.protected = loaded_from and Path(str(loaded_from).removesuffix(REPLACED)).resolve()
+        self.whole: set[Path] = set()
+        """Checkpoints of the folder that were found whole once."""
         self.last_stall_seconds = 0.0
         """How long training stood still for the last save: for the one before it to end, if it had not, and for the copy."""
         if engine.groups.rank == 0:
@@ -138,7 +140,7 @@ class CheckpointWriter:
         write_manifest(partial, files)
         final = _publish(partial)
         try:
-            delete_older(final, self.config.checkpoint, self.protected)
+            delete_older(final, self.config.checkpoint, self.protected, self.whole)
         except OSError as error:
             print(f"--keep-last/--keep-every: an older checkpoint could not be deleted: {error}", flush=True)
 

@@ -12,18 +12,23 @@ from megatron_llama3.config.run import CheckpointConfig
 PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
 
 
-def delete_older(newest: Path, options: CheckpointConfig, protected: Path | None = None) -> list[Path]:
+def delete_older(newest: Path, options: CheckpointConfig, protected: Path | None = None, whole: set[Path] | None = None) -> list[Path]:
     """Deletes what --keep-last and --keep-every do not keep of the whole checkpoints beside `newest`, which was just published, and older
     than it. `protected` (a resolved path) and what is damaged, which a person should look at, stay; so does the newest one that was not
     saved amid skipped steps, to which a rollback goes. Returns the folders that are gone.
+
+    `whole` are those that were found whole before, and are added to: the files of each are looked at once in a run, not after each save.
     """
+    whole = set() if whole is None else whole
+    whole.add(newest)
     if options.keep_last is None and options.keep_every is None:
         return []
     kept, gone = 1, []
     has_sound = _is_sound(newest)
     for iteration, folder in _older(newest):
-        if damage(folder) is not None:
+        if folder not in whole and damage(folder) is not None:
             continue
+        whole.add(folder)
         kept += 1
         is_newest_sound = not has_sound and _is_sound(folder)
         has_sound = has_sound or is_newest_sound

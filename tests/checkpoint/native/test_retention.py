@@ -80,3 +80,12 @@ def test_leftovers(save):
     remove_leftovers(save)
     assert left(save) == [10, 20, 30]
     assert damage(save / "iter_0000020") is None
+
+
+def test_files_of_a_checkpoint_are_looked_at_once_in_a_run(save, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(retention, "damage", lambda folder: looked_at.append(folder.name))
+    whole = set()
+    for _ in range(3):
+        delete_older(save / "iter_0000030", CheckpointConfig(keep_last=9), whole=whole)
+    assert looked_at == ["iter_0000020", "iter_0000010"]
