@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_llama3.config.errors import UserError, exit_on_user_error
 from megatron_llama3.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_llama3.data.same_tokenizer import tokenizer_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,7 +50,7 @@ def find_prefixes(inputs: list[str]) -> list[str]:
 def merge(prefixes: list[str], output_prefix: str) -> None:
     """Writes the concatenation of the datasets. Raises UserError where they do not fit together or one is damaged."""
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    vocabulary = tokenizer_of(datasets)
+    made_with = tokenizer_of(datasets)
     sources: list[dict] = []
     with (
         IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer,
@@ -59,23 +60,9 @@ def merge(prefixes: list[str], output_prefix: str) -> None:
             writer.add_dataset(dataset, first_source=len(sources))
             sources += dataset.sidecar["sources"] if dataset.sidecar else []
             bar.update(dataset.num_tokens)
-        job = {"--tokenizer-model": vocabulary} if vocabulary else {}
+        job = {"--tokenizer-model": made_with[1]} if made_with else {}
         writer.finalize({"job": job, "merged_from": [Path(prefix).name for prefix in prefixes]}, sources)
     print(f"{output_prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens from {len(prefixes)} datasets")
-
-
-def tokenizer_of(datasets: list[IndexedDataset]) -> str | None:
-    """The hash of the vocabulary that made the datasets, as preprocess_data.py notes it. Raises UserError where they differ."""
-    first: tuple[str, str] | None = None
-    for dataset in datasets:
-        notes = dataset.sidecar["metadata"].get("job", {}) if dataset.sidecar else {}
-        vocabulary = notes.get("--tokenizer-model")
-        if vocabulary is None:
-            continue
-        first = first or (dataset.prefix, vocabulary)
-        if vocabulary != first[1]:
-            raise UserError(f"{dataset.prefix} was made with tokenizer {vocabulary:.16}, {first[0]} with {first[1]:.16}; remake one")
-    return first[1] if first else None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ import numpy as np
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.blend import next_sources
+from megatron_llama3.data.indexed_dataset import IndexedDataset
 from megatron_llama3.data.packing import PackedDocuments
+from megatron_llama3.data.same_tokenizer import check_same_tokenizer
 from megatron_llama3.data.sources import open_sources, parse_data_path, split_shares
 
 
@@ -171,10 +173,14 @@ def build_train_and_valid_streams(config: RunConfig) -> tuple[TrainingStream, Tr
     if data.valid_data_path and data.data_path:
         raise UserError("--valid-data-path goes with --train-data-path; --data-path takes its validation documents by --split")
 
+    datasets: list[IndexedDataset] = []
+
     def build(entries: list[str], flag: str, split: str | None, part: int) -> TrainingStream:
         prefixes, weights = parse_data_path(entries, flag)
         vocab_size, seed = config.model.vocab_size, config.training.seed
         sources, integers = open_sources(prefixes, weights, vocab_size, seed, data.data_cache_path, split, part)
+        datasets.extend(source.dataset for source in sources)
+        check_same_tokenizer(datasets, data.tokenizer_model)
         return TrainingStream(sources, integers, vocab_size, seed, data.reset_position_ids, data.loss_across_documents)
 
     if data.train_data_path:

@@ -3,7 +3,6 @@
 `tools/preprocess_data.py` is its command line. A run that was killed continues with the same call and ends with the same bytes.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from megatron_llama3.data.preprocess_job import Assembler, JobFolder, Summary, c
 from megatron_llama3.data.preprocess_progress import Progress
 from megatron_llama3.data.preprocess_tokenize import BulkTokenizer
 from megatron_llama3.data.preprocess_worker import ShardMaker, ShardSpec, serve
+from megatron_llama3.data.same_tokenizer import vocabulary_hash
 from megatron_llama3.data.sidecar import read_sidecar
 from megatron_llama3.tokenizer.llama3 import Tokenizer, load_tokenizer
 
@@ -107,11 +107,10 @@ def _check(options: PreprocessOptions, sources: list[Source]) -> None:
 
 def _describe(options: PreprocessOptions, sources: list[Source], tokenizer: Tokenizer) -> dict:
     """What decides the bytes of the output; kept beside it. Two runs are the same job where these are equal."""
-    vocabulary = hashlib.sha256(b"".join(sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__))).hexdigest()
     names = ("json_keys", "input_format", "append_eod", "prepend_bod", "parse_special_tokens", "bad_lines", "num_shards", "shard_id")
     flags = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
     inputs = [[source.path, source.size, source.mtime_ns] for source in sources]
-    return json.loads(json.dumps({"--input": inputs, "--tokenizer-model": vocabulary, **flags}))
+    return json.loads(json.dumps({"--input": inputs, "--tokenizer-model": vocabulary_hash(tokenizer), **flags}))
 
 
 def _already_done(outputs: list[str], description: dict) -> Summary | None:
