@@ -23,6 +23,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--input-format", choices=["auto", "jsonl", "text", "parquet"], default="auto", help="default: by file name")
     data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys (Parquet: columns), each to its own dataset")
     data.add_argument("--bad-lines", choices=["skip", "fatal"], default="skip", help="skipped lines are counted and listed in a report")
+    data.add_argument("--strict", action="store_true", help="refuse a folder in which there is something that is not read")
     tokens = parser.add_argument_group("tokenizer")
     tokens.add_argument("--tokenizer-model", required=True, metavar="PATH", help="tokenizer.model, tokenizer.json, or a folder with one")
     tokens.add_argument("--tokenizer-type", choices=["TikTokenizer", "HuggingFaceTokenizer"], help="as in Megatron-LM; the file tells")

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from zlib_ng.zlib_ng import crc32
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.data.indexed_dataset import dtype_for_vocab_size
-from megatron_llama3.data.preprocess_inputs import Piece, Source, Unit, expand_inputs, open_source, plan_units, unit_bytes_for
+from megatron_llama3.data.preprocess_inputs import Piece, Source, Unit, expand_inputs, left_out, open_source, plan_units, unit_bytes_for
 from megatron_llama3.data.preprocess_job import Assembler, JobFolder, Summary, count_lines
 from megatron_llama3.data.preprocess_progress import Progress
 from megatron_llama3.data.preprocess_tokenize import BulkTokenizer
@@ -43,6 +44,7 @@ class PreprocessOptions:
     prepend_bod: bool = False
     parse_special_tokens: bool = False
     bad_lines: str = "skip"
+    strict: bool = False
     workers: int = 1
     num_shards: int = 1
     shard_id: int = 0
@@ -56,6 +58,10 @@ class PreprocessOptions:
 
 def preprocess(options: PreprocessOptions) -> tuple[Summary, list[str]]:
     """Runs the job to its end; returns its totals and the prefixes of the datasets written. Raises UserError."""
+    for line in left_out(options.input, options.input_format):
+        if options.strict:
+            raise UserError(f"{line} (--strict)")
+        print(line, file=sys.stderr)
     sources = expand_inputs(options.input, options.input_format)
     _check(options, sources)
     tokenizer = load_tokenizer(options.tokenizer_model)

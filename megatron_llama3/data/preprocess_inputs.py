@@ -4,7 +4,9 @@ import glob
 import gzip
 import io
 import os
+import stat
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +45,14 @@ class Piece:
 
 
 def expand_inputs(patterns: Sequence[str], input_format: str = "auto") -> list[Source]:
-    """Files, folders, globs and "-" in the order given, folders and globs sorted. Raises UserError for what is not there or not known."""
-    sources = []
+    """Files, folders, globs and "-" in the order given, folders and globs sorted; a pipe (a shell's `<(...)`) is read as standard input.
+
+    Raises UserError for what is not there, not known, or there twice."""
+    sources: list[Source] = []
     for pattern in patterns:
-        if pattern == "-":
+        if pattern == "-" or _is_pipe(pattern):
+            if pattern != "-":
+                os.dup2(os.open(pattern, os.O_RDONLY), 0)
             sources.append(Source("-", "jsonl" if input_format == "auto" else input_format, "", 0, 0))
             continue
         if os.path.isdir(pattern):
@@ -57,8 +63,37 @@ def expand_inputs(patterns: Sequence[str], input_format: str = "auto") -> list[S
             raise UserError(f"--input {pattern}: nothing there of .jsonl, .json, .txt, .parquet (also .gz, .zst)")
         sources.extend(_source(path, input_format) for path in found)
     if sum(source.path == "-" for source in sources) and len(sources) > 1:
-        raise UserError("--input -: standard input cannot be mixed with files")
+        raise UserError("--input -: standard input, or a pipe, cannot be mixed with files or another one")
+    seen: dict[str, str] = {}
+    for path in (source.path for source in sources if source.path != "-"):
+        if other := seen.get(os.path.realpath(path)):
+            raise UserError(f"--input {path}: the same file as {other}, which is there already; name it once")
+        seen[os.path.realpath(path)] = path
     return sources
+
+
+def left_out(patterns: Sequence[str], input_format: str = "auto") -> list[str]:
+    """A line for each folder of the input in which there is something that is not read: how much of it, by extension."""
+    lines = []
+    for folder in filter(os.path.isdir, patterns):
+        others = [path for path in Path(folder).rglob("*") if not path.is_dir() and not (path.is_file() and _wanted(path, input_format))]
+        kinds = Counter(_what(path) for path in others)
+        if kinds:
+            named = ", ".join(f"{count:,} {what}" for what, count in kinds.most_common())
+            lines.append(f"--input {folder}: left out {len(others):,} of its files: {named}")
+    return lines
+
+
+def _what(path: Path) -> str:
+    if not path.exists():
+        return "broken link"
+    if path.name.startswith("."):
+        return "hidden"
+    return "".join(path.suffixes[-2:]) or "without extension"
+
+
+def _is_pipe(path: str) -> bool:
+    return os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)
 
 
 def _wanted(path: Path, input_format: str) -> bool:
@@ -67,7 +102,7 @@ def _wanted(path: Path, input_format: str) -> bool:
 
 
 def _kind_and_compression(path: str | Path) -> tuple[str | None, str]:
-    stem, extension = os.path.splitext(path)
+    stem, extension = os.path.splitext(str(path).lower())
     if extension in _COMPRESSIONS:
         return _KINDS.get(os.path.splitext(stem)[1]), extension
     return _KINDS.get(extension), ""
