@@ -39,5 +39,9 @@ def main() -> None:
     print(f"done: {arguments.save}")
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -33,5 +33,9 @@ def main() -> None:
     sys.exit(certificate.verdict == "FAILED")
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

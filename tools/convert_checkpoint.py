@@ -119,5 +119,9 @@ def _notes(kind: str, source) -> list[str]:
     return notes
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

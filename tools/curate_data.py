@@ -51,5 +51,9 @@ def main() -> None:
         print(f"{sum(rows[0].reasons.values()):,} records of the input are no documents: see {flags.output}/rejected", file=sys.stderr)
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -111,5 +111,9 @@ def _difference(a, b) -> list[str]:
     return [f"{count:,} of {total:,} values differ, by up to {largest:.3g} ({relative:.3g} of the tensor's norm)"] if count else []
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -165,5 +165,9 @@ def show_step(load: str, step: int, dp_rank: int | None, show) -> None:
                 print(f"    {show(place.source.dataset.document(piece.document)[piece.start : stop])}")
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

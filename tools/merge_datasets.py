@@ -65,5 +65,9 @@ def merge(prefixes: list[str], output_prefix: str) -> None:
     print(f"{output_prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens from {len(prefixes)} datasets")
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -70,5 +70,9 @@ def count_tokens(prefix: str) -> int:
     return IndexedDataset(prefix).num_tokens
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

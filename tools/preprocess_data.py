@@ -61,5 +61,9 @@ def main() -> None:
         raise UserError(f"--input {' '.join(options.input)}: no documents in it; the datasets written are empty")
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

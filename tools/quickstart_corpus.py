@@ -67,5 +67,9 @@ def main() -> None:
         print(f"{args.output / name}.jsonl: {len(lines):,} documents of {len(part)} files, {characters / 1e6:.1f} M characters")
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -192,5 +192,9 @@ def plot_losses(log: Path, plot: Path, entropy: float, final: float) -> None:
     figure.savefig(plot, dpi=120)
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

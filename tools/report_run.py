@@ -191,5 +191,9 @@ def page(name: str, lines: list[str], svg: bytes) -> str:
     return f'{head}<h1>{title}</h1><pre>{text}</pre><img alt="loss, tokens/s and MFU over wall time" src="{picture}"></html>\n'
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

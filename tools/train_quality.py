@@ -81,5 +81,9 @@ def report(model, texts: list[str], labels: list[str]) -> None:
     print(line)
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

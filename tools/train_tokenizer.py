@@ -61,5 +61,9 @@ def _named_path(entry: str) -> tuple[str, str]:
     return name, path
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -107,5 +107,9 @@ def _stop_ids(source: "WeightSource", tokenizer: "Tokenizer") -> set[int]:
     return {*tokenizer.stop_ids, *(ends if isinstance(ends, list) else [ends])}
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -96,5 +96,9 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_and_exit(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 from megatron_llama3.config.errors import exit_on_user_error
-from tools.preflight.files import MARKER, file_failures, run_config
-from tools.preflight.machines import machine, misplaced, summary, unlike
-from tools.preflight.meeting import Meeting, say
-from tools.preflight.place import NODE, RANK, RANKS_PER_NODE
-from tools.preflight.transfers import check_transfers
+
+from .files import MARKER, file_failures, run_config
+from .machines import machine, misplaced, summary, unlike
+from .meeting import Meeting, say
+from .place import NODE, RANK, RANKS_PER_NODE
+from .transfers import check_transfers
 
 
 def main() -> None:
@@ -43,5 +44,9 @@ def main() -> None:
         say("all is well")
 
 
-if __name__ == "__main__":
+def command() -> None:
     exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -13,8 +13,9 @@ from megatron_llama3.config.validate import missing_inputs
 from megatron_llama3.data.indexed_dataset import IndexedDataset
 from megatron_llama3.data.sidecar import describe_damaged_block, read_sidecar
 from megatron_llama3.model.counts import parameter_count
-from tools.preflight.meeting import Meeting, first_line, say
-from tools.preflight.place import NODE, PATIENCE, RANK, RANKS_PER_NODE, WORLD_SIZE
+
+from .meeting import Meeting, first_line, say
+from .place import NODE, PATIENCE, RANK, RANKS_PER_NODE, WORLD_SIZE
 
 CHECKED_BLOCKS = 2  # of each dataset and rank: many ranks read much of it, and none reads long
 MARKER = ".preflight"

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tools.preflight.place import GPUS_ASKED, RANKS_PER_NODE
+from .place import GPUS_ASKED, RANKS_PER_NODE
 
 PACKAGE = Path(__file__).parents[2] / "megatron_llama3"
 

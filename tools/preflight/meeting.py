@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from tools.preflight.place import NODE, PATIENCE, RANK, RANKS_PER_NODE, WORLD_SIZE
+from .place import NODE, PATIENCE, RANK, RANKS_PER_NODE, WORLD_SIZE
 
 
 class Meeting:

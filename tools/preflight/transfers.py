@@ -6,8 +6,8 @@ from datetime import timedelta
 from statistics import median
 from typing import Any
 
-from tools.preflight.meeting import Meeting, first_line, say
-from tools.preflight.place import LOCAL_RANK, NODE, PATIENCE, RANK, RANKS_PER_NODE, SLOWER, WORLD_SIZE
+from .meeting import Meeting, first_line, say
+from .place import LOCAL_RANK, NODE, PATIENCE, RANK, RANKS_PER_NODE, SLOWER, WORLD_SIZE
 
 
 def check_transfers(meeting: Meeting, nodes: list[str]) -> list[str]:
