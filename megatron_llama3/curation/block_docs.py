@@ -1,6 +1,6 @@
 """The blocks as Markdown, from their docstrings and signatures: what docs/curation.md holds between its two marks.
 
-    python -m megatron_llama3.curation.block_docs --write docs/curation.md
+python -m megatron_llama3.curation.block_docs --write docs/curation.md
 """
 
 import argparse

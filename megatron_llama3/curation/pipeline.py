@@ -206,4 +206,3 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _spelt(hint: Any) -> str:
     return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
-

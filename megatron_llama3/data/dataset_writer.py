@@ -25,8 +25,7 @@ from megatron_llama3.data.sidecar import UNKNOWN_ORIGIN, BlockChecksums, checksu
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
 DTYPE_CODES = {
-    code: np.dtype(name)
-    for code, name in enumerate(["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"], start=1)
+    code: np.dtype(name) for code, name in enumerate(["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"], start=1)
 }
 _CHUNK = 1 << 20
 # Larger writes are cached in pages of 2 MiB, which a virtual machine has to fetch from its host: up to four times the time.

@@ -96,7 +96,7 @@ def pieces(place: SequencePlace) -> list[DocumentPiece]:
 
 
 def origin_text(dataset: IndexedDataset, document: int) -> str:
-    """"corpus/a.jsonl bytes 10 to 20", or "unknown source" where preprocessing did not record it."""
+    """ "corpus/a.jsonl bytes 10 to 20", or "unknown source" where preprocessing did not record it."""
     if dataset.origins is None or dataset.sidecar is None:
         return "unknown source"
     number, start, stop = dataset.origins[document].tolist()

@@ -38,7 +38,7 @@ def _number(text: str) -> Fraction | None:
 
 
 def split_shares(split: str) -> list[float]:
-    """"969,30,1" -> the shares of training, validation and test. Raises UserError unless it is up to three numbers >= 0, not all 0."""
+    """ "969,30,1" -> the shares of training, validation and test. Raises UserError unless it is up to three numbers >= 0, not all 0."""
     try:
         shares = [float(share) for share in split.replace("/", ",").split(",")]
     except ValueError:

@@ -149,9 +149,7 @@ class Llama(nn.Module):
         self.plan_attention = KERNELS[kernel].plan
         self.layers = nn.ModuleDict()
         for number in range(config.num_layers) if layers is None else layers:
-            self.layers[str(number)] = Block(
-                self._weights_of(f"layers.{number}."), config, tp, cp_group, kernel, options.recompute_modules
-            )
+            self.layers[str(number)] = Block(self._weights_of(f"layers.{number}."), config, tp, cp_group, kernel, options.recompute_modules)
         self.tok_embeddings = self.norm = self.output = None
         weight = self._weights_of("")
         if has_embedding:
@@ -230,4 +228,3 @@ class Llama(nn.Module):
             return initial_weight(prefix + name, spec, o.seed, self.tp.size, self.tp.rank).to(o.device, o.dtype)
 
         return weight
-

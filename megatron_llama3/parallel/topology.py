@@ -41,9 +41,5 @@ class Topology:
         here = self.coordinates(rank)
         positions = [here]
         for axis in axes:
-            positions = [
-                Coordinates(**{**vars(p), axis: i})
-                for p in positions
-                for i in range(getattr(self, axis))
-            ]
+            positions = [Coordinates(**{**vars(p), axis: i}) for p in positions for i in range(getattr(self, axis))]
         return sorted(self.rank(p) for p in positions)

@@ -1,7 +1,7 @@
 """Llama 3's tokenizer: byte-level BPE ranks, then 256 special tokens. Paper section 3.2; identical to Meta's `Tokenizer` in llama-models.
 
-    tokenizer = load_tokenizer("tokenizer.model")      # or a tokenizer.json, or a folder holding either
-    ids = tokenizer.encode("Hello", bos=True)
+tokenizer = load_tokenizer("tokenizer.model")      # or a tokenizer.json, or a folder holding either
+ids = tokenizer.encode("Hello", bos=True)
 """
 
 import functools
@@ -77,13 +77,9 @@ class Tokenizer:
         """The tiktoken encoder, built on first use: bulk tokenisation never needs it."""
         import tiktoken
 
-        return tiktoken.Encoding(
-            name="llama3", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
-        )
+        return tiktoken.Encoding(name="llama3", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_tokens)
 
-    def encode(
-        self, text: str, bos: bool = False, eos: bool = False, allowed_special: Literal["all"] | Collection[str] = ()
-    ) -> list[int]:
+    def encode(self, text: str, bos: bool = False, eos: bool = False, allowed_special: Literal["all"] | Collection[str] = ()) -> list[int]:
         """Ids of `text`. The spelling of a special token is plain text unless its name is in `allowed_special`."""
         allowed = "all" if allowed_special == "all" else set(allowed_special)
         ids = [self.bos_id] if bos else []

@@ -102,7 +102,7 @@ class Engine(ABC):
 
     @abstractmethod
     def state_tensors(self, with_optimizer: bool = True) -> dict[str, Tensor]:
-        """"model.<name>", "optimizer.exp_avg.<name>", "optimizer.exp_avg_sq.<name>" -> tensors of true global shape (DTensors where
+        """ "model.<name>", "optimizer.exp_avg.<name>", "optimizer.exp_avg_sq.<name>" -> tensors of true global shape (DTensors where
         sharded), in the main dtype. Writing into them and calling `state_loaded` restores a run."""
 
     @abstractmethod

@@ -17,7 +17,7 @@ SENTENCES = {
 }
 CODE = {
     "python": "def f(x: int) -> str:\n    # TODO's\n\treturn f'{x:>10}' if x != 0 else \"\"\r\n\n\n    class A: pass\n",
-    "c": "#include <stdio.h>\nint main(void) {\n    for (int i = 0; i < 100000; ++i) printf(\"%d\\n\", i);\n}\n",
+    "c": '#include <stdio.h>\nint main(void) {\n    for (int i = 0; i < 100000; ++i) printf("%d\\n", i);\n}\n',
     "html": '<!DOCTYPE html>\n<a href="https://example.org/?q=1&amp;r=2">caf&eacute;</a>   \n\n',
     "latex": "\\begin{equation}\n  e^{i\\pi} + 1 = 0 \\label{eq:euler}\n\\end{equation}\n",
 }

@@ -1,8 +1,8 @@
 """Every layout gives the numbers of one process: the pairwise matrix, layouts drawn at random, bf16, and many micro-batches.
 
-    pytest tests/training/test_equivalence.py                 a sample of the matrix in fp64 and fp32
-    pytest -m full tests/training/test_equivalence.py         all of it
-    LAYOUT_SEED=7 pytest tests/training/test_equivalence.py -k random      the random layouts of an earlier run
+pytest tests/training/test_equivalence.py                 a sample of the matrix in fp64 and fp32
+pytest -m full tests/training/test_equivalence.py         all of it
+LAYOUT_SEED=7 pytest tests/training/test_equivalence.py -k random      the random layouts of an earlier run
 """
 
 import os

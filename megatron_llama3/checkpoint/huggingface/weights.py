@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: `config.json`, sharded safetensors, tokenizer files.
 
-    source = open_hf("Llama-3.1-8B")                    # weights under our names, still on disk
-    export_hf("checkpoints/run", "exported", tokenizer="tokenizer.model")
+source = open_hf("Llama-3.1-8B")                    # weights under our names, still on disk
+export_hf("checkpoints/run", "exported", tokenizer="tokenizer.model")
 """
 
 import json

@@ -119,9 +119,7 @@ class LineDedup(GlobalBlock):
     that are left alone, `{domain: [code, reasoning]}`: in programs every `#include` is a frequent line.
     """
 
-    def __init__(
-        self, times: int = 6, bucket: int = 30_000_000, within: str | None = None, spare: dict[str, list[str]] | None = None
-    ):
+    def __init__(self, times: int = 6, bucket: int = 30_000_000, within: str | None = None, spare: dict[str, list[str]] | None = None):
         if times < 1 or bucket < 1:
             raise UserError(f"times {times} and bucket {bucket} must be at least 1")
         self.times, self.bucket, self.lines = times, bucket, LineKeys(within, spare or {})

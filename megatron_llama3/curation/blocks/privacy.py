@@ -57,9 +57,7 @@ _CARD = _pattern(
 )
 _IBAN = _pattern(r"(?<![\w])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![\w])")
 _SOCIAL_SECURITY = _pattern(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
-_PHONE = _pattern(
-    r"(?<![\w./+-])(?<!\d:)(?:\+\d{1,3}|\(?0\d|\(\d{3}\)|\d{3}(?=[ .-]\d{3}[ .-]\d{4}))[\d ()/.-]{5,20}\d(?![\w-]|\.\d|:\d)"
-)
+_PHONE = _pattern(r"(?<![\w./+-])(?<!\d:)(?:\+\d{1,3}|\(?0\d|\(\d{3}\)|\d{3}(?=[ .-]\d{3}[ .-]\d{4}))[\d ()/.-]{5,20}\d(?![\w-]|\.\d|:\d)")
 # Punctuation that telephone numbers are written with; a bare run of digits is one only behind a +.
 _ARITHMETIC = re.compile(r" - |(\d)\1{5}")
 _SEPARATOR = re.compile(r"\d[ ()/.-]+\d")
