@@ -20,7 +20,8 @@ def slurm(tmp_path):
             "show node --oneliner gpu7") echo "NodeName=gpu7 NodeAddr=10.0.0.7 State=IDLE" ;;
             *) echo "scontrol $*" ;; esac""",
         # Each task after the other; the step's status is the largest, as srun's.
-        "srun": """while [[ $1 == --* ]]; do shift; done
+        "srun": """echo "srun $*" >>"$LOGS/srun"
+            while [[ $1 == --* ]]; do shift; done
             worst=0
             for i in 0 1; do SLURMD_NODENAME=gpu$((7 + i)) SLURM_PROCID=$i SLURM_LOCALID=0 "$@" || worst=$?; done
             exit $worst""",
@@ -54,6 +55,11 @@ def test_each_task_has_its_rank_and_one_rendezvous(slurm):
     ], done.stderr
     assert done.returncode == 0
     assert "scontrol" not in done.stdout
+
+
+def test_srun_gets_the_flags_of_the_environment(slurm, tmp_path):
+    slurm("true", SRUN_FLAGS="--container-image=a.sqsh --container-mounts=/b:/b")
+    assert (tmp_path / "logs" / "srun").read_text().startswith("srun --container-image=a.sqsh --container-mounts=/b:/b --kill")
 
 
 def test_a_saved_run_is_requeued_without_end(slurm):
