@@ -2,6 +2,8 @@
 tests/parallel/test_torch_private.py before it fails a run. `torch._foreach_*`, which torch's own optimizers run on, is used as it is.
 """
 
+import pickle
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,3 +34,11 @@ def flatten(tensors: list[Tensor]) -> Tensor:
 def unflatten(flat: Tensor, like: list[Tensor]) -> tuple[Tensor, ...]:
     """Views of `flat` in the shapes of `like`."""
     return _unflatten_dense_tensors(flat, like)
+
+
+def recorded_collectives() -> dict[str, bytes]:
+    """Of each backend that has recorded any: this rank's last collectives, pickled, in the form that torch's fr_trace reads."""
+    recorders = {"nccl": "_dump_nccl_trace", "gloo": "_dump_fr_trace"}  # the first only where torch was built for GPUs
+    module = torch._C._distributed_c10d
+    traces = {backend: getattr(module, name)() for backend, name in recorders.items() if hasattr(module, name)}
+    return {backend: trace for backend, trace in traces.items() if pickle.loads(trace)["entries"]}

@@ -31,7 +31,9 @@ def pretrain(config: RunConfig) -> int:
     from megatron_llama3.data.loader import build_train_and_valid_streams
     from megatron_llama3.parallel.groups import destroy_groups, initialize_groups
     from megatron_llama3.planning.estimate import describe
+    from megatron_llama3.training.flight_recorder import keep_collectives
 
+    keep_collectives()
     streams = build_train_and_valid_streams(config)
     groups = initialize_groups(config.parallel, config.training.distributed_timeout_minutes)
     if groups.rank == 0:

@@ -28,8 +28,8 @@ class EventLog:
     """Any rank may append: a line is one write. Without --log-dir and --save nothing is kept."""
 
     def __init__(self, config: RunConfig):
-        folder = log_folder(config)
-        self.path = folder / EVENTS_FILE if folder is not None else None
+        self.folder = log_folder(config)
+        self.path = self.folder / EVENTS_FILE if self.folder is not None else None
 
     def add(self, event: str, **fields: Any) -> None:
         if self.path is not None:

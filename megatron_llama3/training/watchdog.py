@@ -7,7 +7,8 @@ all ranks see it at about the same time. The first of them reads what the others
 1. the ranks that no longer publish: stopped, swapped out, or on a dead host; else
 2. those that are steps behind, or that do not wait in a collective while the others do.
 
-Then every rank ends with RESTART_STATUS; a rank that cannot is left to the launcher, which kills it.
+Every rank leaves its last collectives beside the report (flight_recorder.py) and ends with RESTART_STATUS; a rank that cannot is left to
+the launcher, which kills it.
 """
 
 import json
@@ -26,6 +27,7 @@ from megatron_llama3.config.run import TrainingConfig
 from megatron_llama3.parallel.groups import ParallelGroups
 from megatron_llama3.parallel.torch_private import default_store
 from megatron_llama3.training.events import EventLog
+from megatron_llama3.training.flight_recorder import write_collectives
 from megatron_llama3.training.stop import RESTART_STATUS
 from megatron_llama3.training.whereabouts import PATIENT, place_of_thread
 
@@ -98,6 +100,7 @@ class Watchdog:
             os._exit(RESTART_STATUS)
 
     def _find_and_report(self) -> None:
+        _in_thread(self._write_collectives, 2 * self.interval)
         finder = _in_thread(self._is_first_to_notice, 3 * self.interval)
         if finder is None:  # the store does not answer: say so from the first rank that it is not on
             if self.rank == min(1, self.world_size - 1):
@@ -108,6 +111,9 @@ class Watchdog:
             time.sleep(self.interval)  # in which the others see it
         else:
             _in_thread(self._wait_for_verdict, 12 * self.interval)
+
+    def _write_collectives(self) -> None:
+        write_collectives(self.events.folder, self.rank)
 
     def _is_first_to_notice(self) -> bool:
         return self.store.add("noticed", 1) == 1

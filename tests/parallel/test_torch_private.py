@@ -1,17 +1,26 @@
 """Each private function of torch that the project calls does what its wrapper says, and none is called elsewhere."""
 
 import ast
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import megatron_llama3
 from megatron_llama3.parallel import torch_private
-from megatron_llama3.parallel.torch_private import assert_on_device, default_store, finish_backward, flatten, unflatten
+from megatron_llama3.parallel.torch_private import (
+    assert_on_device,
+    default_store,
+    finish_backward,
+    flatten,
+    recorded_collectives,
+    unflatten,
+)
 from megatron_llama3.planning.local_ranks import run_ranks
 
 PACKAGE = Path(megatron_llama3.__file__).parent
@@ -47,6 +56,22 @@ def test_default_store_and_finish_backward():
     assert run_ranks(1, _meet_and_finish_a_backward) == [(b"value", [1.0, 2.0])]
 
 
+def _record_a_collective() -> tuple[list[str], dict[str, bytes]]:
+    dist.all_reduce(torch.ones(3))
+    nccl = {"entries": [{"profiling_name": "nccl:all_reduce"}]}
+    torch._C._distributed_c10d._dump_nccl_trace = lambda: pickle.dumps(nccl)  # as a torch for GPUs has it
+    with_nccl = recorded_collectives()
+    torch._C._distributed_c10d._dump_nccl_trace = lambda: pickle.dumps({"entries": []})  # on a GPU, in a job on gloo alone
+    return [trace["profiling_name"] for trace in pickle.loads(recorded_collectives()["gloo"])["entries"]], with_nccl
+
+
+def test_recorded_collectives():
+    (names, with_nccl), _ = run_ranks(2, _record_a_collective)
+    assert names[0] == "gloo:all_reduce"
+    assert list(with_nccl) == ["nccl", "gloo"]
+    assert pickle.loads(with_nccl["nccl"])["entries"][0]["profiling_name"] == "nccl:all_reduce"
+
+
 def test_no_private_name_of_torch_is_called_elsewhere():
     found = []
     for path in PACKAGE.rglob("*.py"):
@@ -67,6 +92,6 @@ def _private_names(node: ast.AST) -> list[str]:
 
 
 def test_the_wrappers_are_all_here():
-    tested = {"flatten", "unflatten", "assert_on_device", "default_store", "finish_backward"}
+    tested = {"flatten", "unflatten", "assert_on_device", "default_store", "finish_backward", "recorded_collectives"}
     functions = {node.name for node in ast.parse(Path(torch_private.__file__).read_text()).body if isinstance(node, ast.FunctionDef)}
     assert functions == tested

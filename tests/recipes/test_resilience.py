@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import time
@@ -151,6 +152,10 @@ def test_a_rank_that_is_stuck_is_named_with_its_phase(data, tmp_path):
     assert (hang["rank"], hang["state"], hang["phase"], hang["iteration"]) == (1, "is behind, it is", "reading data", 2)
     assert hang["call"].startswith("stuck (test_resilience.py")
     assert max(losses(tmp_path)) == 2
+    traces = [pickle.loads((tmp_path / "flight_recorder" / "gloo" / f"rank_{rank}").read_bytes()) for rank in (0, 1)]
+    calls = [[(e["process_group"], e["profiling_name"], e["collective_seq_id"]) for e in trace["entries"]] for trace in traces]
+    assert calls[0][:-1] == calls[1], "rank 1 lacks the collective in which rank 0 waits for it"
+    assert "_global_count" in [frame["name"] for frame in traces[0]["entries"][-1]["frames"]]
 
 
 @pytest.mark.slow
