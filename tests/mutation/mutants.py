@@ -40,6 +40,15 @@ class Mutant:
     def apply(self, source: str) -> str:
         return source[: self.start] + self.text + source[self.end :]
 
+    def statement_lines(self, source: str) -> range:
+        """Lines of the innermost statement around it, of a compound one the head alone: where a traceback may place it."""
+        around = [
+            node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt) and node.lineno <= self.line <= node.end_lineno
+        ]
+        innermost = min(around, key=lambda node: node.end_lineno - node.lineno)
+        body = getattr(innermost, "body", None)
+        return range(innermost.lineno, body[0].lineno if body else innermost.end_lineno + 1)
+
     def diff(self, source: str) -> str:
         lines = unified_diff(source.splitlines(), self.apply(source).splitlines(), self.path, self.path, lineterm="", n=0)
         return "\n".join(list(lines)[2:])

@@ -8,6 +8,10 @@ copy of the working tree that holds the mutant; processes that the tests start s
 come first, then the mirrored file, those that import the module, its folder and the rest that can reach it. A test that fails also without
 the mutant is left out. What is in DIR is not run again: a killed run goes on, and `--part default` takes what the quick part let live.
 `--part near` has the quick tests of the mirrored file and of those that import the module alone: seconds a mutant, while one writes them.
+
+A kill by a failed assertion is a kill by value. After an exception the near tests go on for some seconds, in search of an assertion that
+fails as well. Without one, "crash" says that the mutated line stands in the exception's traceback: such a mutant does not run through, and
+no assertion could see its value.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import ast
 import ctypes
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -24,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,8 +46,10 @@ MUTATED = ("parallel/*", "model/*", "training/*", *(f"data/{name}" for name in (
 QUICK = "not slow and not full and not cuda"
 MARKS = {"near": QUICK, "quick": QUICK, "default": "slow and not full and not cuda"}
 SECONDS_A_TEST = {"near": 90.0, "quick": 90.0, "default": 300.0}
+SECONDS_FOR_A_VALUE = 20.0
+"""how long tests go on after an exception, in search of a failed assertion"""
 STARTS_PROGRAMS = ("tools", "scripts", "recipes", "examples")  # folders of tests that reach modules without importing them
-KINDS = ("assertion", "exception", "time-out")
+KINDS = ("assertion", "exception", "crash", "time-out")
 FORK = multiprocessing.get_context("fork")
 
 
@@ -139,35 +147,46 @@ class Server:
         return f"{mutant.path}: {mutant.operator}\n{mutant.diff((ROOT / mutant.path).read_text())}"
 
     def judge(self, mutant: Mutant, part: str, killers: list[str]) -> dict | None:
-        """{test, kind} of the first test of the part that fails with the mutant and passes without it, or None."""
+        """{test, kind} of a test of the part that fails with the mutant and passes without it, if possible by an assertion; or None."""
         path = self.tree / mutant.path
         source = path.read_text()
         for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
             cached.unlink()  # children write none, so the file is always compiled
         near, far = self._files(mutant.path)
+        kill = None
         for tests in ([test for test in killers if test.partition("::")[0] in self.test_files], near, far if part != "near" else []):
-            while True:
-                path.write_text(mutant.apply(source))
-                kill = self._first_failure(tests, part)
-                path.write_text(source)
-                if kill is None or self._passes(kill["test"], part):
-                    break
-            if kill is not None:
-                return kill
-        return None
+            if kill is None or (kill["kind"] == "exception" and tests is not far):
+                kill = self._kill_by(mutant, path, source, tests, part) or kill
+        lines = kill.pop("lines", []) if kill else []
+        if kill and kill["kind"] == "exception" and any(f"{mutant.path}:{line}" in lines for line in mutant.statement_lines(source)):
+            kill["kind"] = "crash"
+        return kill
 
-    def _first_failure(self, tests: list[str], part: str) -> dict | None:
-        if not tests:
-            return None
+    def _kill_by(self, mutant: Mutant, path: Path, source: str, tests: list[str], part: str) -> dict | None:
+        while True:
+            path.write_text(mutant.apply(source))
+            kill = self._failure(tests, part)
+            path.write_text(source)
+            if kill is None or self._passes(kill["test"], part):
+                return kill
+
+    def _failure(self, tests: list[str], part: str) -> dict | None:
+        """The first failed assertion, or the first other failure if none follows it soon."""
         failures: list[dict] = []
-        flags = ["-x", *(f"--deselect={test}" for test in self.left_out)]
-        self._in_child(lambda report: _pytest(report, MARKS[part], tests, flags), SECONDS_A_TEST[part], failures.append)
-        return failures[0] if failures else None
+
+        def seconds_left(failure: dict) -> float:
+            failures.append(failure)
+            return SECONDS_FOR_A_VALUE if failure["kind"] == "exception" else 0.0
+
+        if tests:
+            flags = [f"--deselect={test}" for test in self.left_out]
+            self._in_child(lambda report: _pytest(report, MARKS[part], tests, flags), SECONDS_A_TEST[part], seconds_left)
+        return next((failure for failure in failures if failure["kind"] == "assertion"), failures[0] if failures else None)
 
     def _passes(self, test: str, part: str) -> bool:
         """Without a mutant; tried once."""
         if test not in self.trusted and test not in self.left_out:
-            (self.left_out if self._first_failure([test], part) else self.trusted).add(test)
+            (self.left_out if self._failure([test], part) else self.trusted).add(test)
         return test in self.trusted
 
     def _files(self, path: str) -> tuple[list[str], list[str]]:
@@ -195,15 +214,18 @@ class Server:
                 importlib.import_module(name)
 
     def _in_child(self, function: Callable, patience: float, on_message: Callable) -> None:
-        """`function(report)` in a fork inside the tree. `report(None)` says that it goes on; silent for `patience` s, it is a time-out."""
+        """`function(report)` in a fork inside the tree. A reported string says that it goes on; silent for `patience` s, it is a time-out.
+
+        `on_message` gets what else is reported, and may return the seconds after which the child is ended.
+        """
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(exist_ok=True)  # a killed test may have left a mount there
         receive, send = FORK.Pipe(duplex=False)
         child = FORK.Process(target=self._child_main, args=(function, send))
         child.start()
         send.close()
-        current = None
-        while receive.poll(patience):
+        current, end = None, math.inf
+        while receive.poll(max(0.0, min(patience, end - time.monotonic()))):
             try:
                 message = receive.recv()
             except EOFError:
@@ -211,9 +233,11 @@ class Server:
             if isinstance(message, str):
                 current = message
             else:
-                on_message(message)
+                seconds = on_message(message)
+                end = end if seconds is None else min(end, time.monotonic() + seconds)
         else:
-            on_message({"test": current, "kind": "time-out"})
+            if end == math.inf:
+                on_message({"test": current, "kind": "time-out"})
         _end_all_children()
         child.join()
 
@@ -233,7 +257,7 @@ class Server:
 
 
 class _Reporter:
-    """A pytest plugin: sends each test's name when it starts, and what failed and how."""
+    """A pytest plugin: sends each test's name when it starts, and what failed, how, and the lines of ours in its traceback."""
 
     def __init__(self, report: Callable[[object], None]):
         self.report = report
@@ -242,7 +266,14 @@ class _Reporter:
         self.report(nodeid)
 
     def pytest_exception_interact(self, node, call) -> None:
-        self.report({"test": node.nodeid, "kind": kind_of_kill(call.excinfo.value)})
+        error = call.excinfo.value
+        self.report({"test": node.nodeid, "kind": kind_of_kill(error), "lines": lines_of_ours(error)})
+
+
+def lines_of_ours(error: BaseException) -> list[str]:
+    """As megatron_llama3/model/loss.py:12; also those in a rank's traceback, which the error carries."""
+    found = re.findall(r'File "[^"\n]*?(megatron_llama3/[^"\n]+)", line (\d+)', "".join(traceback.format_exception(error)))
+    return [f"{path}:{line}" for path, line in found]
 
 
 def kind_of_kill(error: BaseException) -> str:

@@ -4,9 +4,10 @@ import subprocess
 
 import pytest
 
+from megatron_llama3.parallel.topology import Topology
 from megatron_llama3.planning.local_ranks import RankFailedError
 from tests.mutation.mutants import mutants_of, sample
-from tests.mutation.run import ROOT, Results, imported_modules, kind_of_kill, mutated_files, reached_modules
+from tests.mutation.run import ROOT, Results, imported_modules, kind_of_kill, lines_of_ours, mutated_files, reached_modules
 
 SOURCE = '''"""Not this 1."""
 LIMIT = 3
@@ -86,6 +87,20 @@ def test_kinds_of_kill(error, kind):
     assert kind_of_kill(error) == kind
 
 
+def test_where_a_traceback_may_place_a_mutant():
+    source = "with a(\n    1,\n    2):\n    b(3,\n      4)\n    c(5)\n"
+    lines = {mutant.line: [*mutant.statement_lines(source)] for mutant in mutants_of("a.py", source)}
+    assert lines == {1: [1, 2, 3], 2: [1, 2, 3], 3: [1, 2, 3], 4: [4, 5], 5: [4, 5], 6: [6]}
+
+
+def test_the_lines_of_a_traceback_also_of_a_ranks():
+    text = 'rank 1:\nTraceback:\n  File "/tmp/t/megatron_llama3/model/loss.py", line 12, in f\n  File "/x/a.py", line 3, in g\nTypeError: x'
+    assert lines_of_ours(RankFailedError(text)) == ["megatron_llama3/model/loss.py:12"]
+    with pytest.raises(AttributeError) as caught:
+        Topology().group_ranks(0, "no such axis")
+    assert [line.split(":")[0] for line in lines_of_ours(caught.value)] == 2 * ["megatron_llama3/parallel/topology.py"]
+
+
 def test_a_killed_run_goes_on_and_the_default_part_takes_what_lives(tmp_path, capsys):
     results = Results(tmp_path)
     common = {"operator": "constant", "seconds": 1}
@@ -100,8 +115,8 @@ def test_a_killed_run_goes_on_and_the_default_part_takes_what_lives(tmp_path, ca
     assert [name for name in "abcde" if again.is_open(name, "default")] == ["b"]
     assert again.killers("megatron_llama3/model/x.py") == ["t.py::one", "t.py::slow"]
     assert again.report().splitlines() == [
-        "| package | mutants | killed by quick | assertion | exception | time-out | lives |", "|---|---|---|---|---|---|---|",
-        "| model | 4 | 2 | 1 | 1 | 1 | 1 |", "| all | 4 | 2 | 1 | 1 | 1 | 1 |", "", "b",
+        "| package | mutants | killed by quick | assertion | exception | crash | time-out | lives |", "|---" * 8 + "|",
+        "| model | 4 | 2 | 1 | 1 | 0 | 1 | 1 |", "| all | 4 | 2 | 1 | 1 | 0 | 1 | 1 |", "", "b",
     ]  # fmt: skip
 
 
