@@ -74,6 +74,20 @@ def test_equals_one_process_in_fp32(layout):
     assert found.copies == 0, found
 
 
+def last_stage(name: str) -> bool:
+    return name.startswith(("layers.1.", "norm", "output"))
+
+
+@pytest.mark.parametrize("row, trainable", [
+    (TP_PP | {"v": 1}, everything), (ZERO_2, half), (ZERO_3, everything), ({"engine": "deepspeed-zero-1", "pp": 2}, last_stage),
+], ids=["TP x PP", "ZeRO-2, half frozen", "ZeRO-3", "a frozen stage"])  # fmt: skip
+def test_two_steps_equal_one_process(row, trainable):
+    found = compare(train_under(config(row), 2, trainable), train_under(one_process(config(row)), 2, trainable))
+    assert max(found.loss, found.norm, found.later_norms) <= 1e-6, found
+    assert max(found.gradient, found.weight) <= 1e-5, found
+    assert found.copies == 0, found
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_error_in_bf16_is_at_most_twice_that_of_one_process(layout):
