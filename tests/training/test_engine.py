@@ -29,7 +29,7 @@ def evaluate_before_each_step() -> None:
 
     def checked(original, self, batch, objective) -> dict[str, float]:
         sums, count = self.evaluate(batch, objective)
-        assert released.pop() is self and not released
+        assert released.pop() is self
         assert not any(parameter.grad is not None for _, parameter in self.named_weights())
         means = original(self, batch, objective)
         assert sums.keys() | {"count"} == means.keys()
