@@ -84,7 +84,7 @@ IN_SEQUENCES = {"training__train_samples": 800, "training__train_iters": None}
     ({}, {"optimizer__lr_decay_iters": 90}, "--lr-decay-iters: the decay ends at 90 steps here and at 100 steps"),
     ({"optimizer__lr_decay_iters": 90}, {}, "--train-iters: the decay ends at 100 steps here and at 90 steps"),
     ({}, IN_SEQUENCES, "--train-samples: the decay ends at 800 sequences here and at 100 steps"),
-    (IN_SEQUENCES, IN_SEQUENCES | {"optimizer__lr_decay_samples": 100}, "--lr-decay-samples: the decay ends at 100 sequences here and at 800"),
+    (IN_SEQUENCES, IN_SEQUENCES | {"optimizer__lr_decay_samples": 100}, "--lr-decay-samples: the decay ends at 100 sequences here and at"),
     (IN_SEQUENCES, {"training__train_iters": 800}, "--train-iters: the decay ends at 800 steps here and at 800 sequences"),
     ({}, {"optimizer__lr_decay_iters": 100}, None), ({"optimizer__lr_decay_iters": 100}, {"training__train_iters": 100}, None),
     (IN_SEQUENCES, IN_SEQUENCES | {"training__train_iters": 7}, None),
