@@ -157,7 +157,8 @@ def show_step(load: str, step: int, dp_rank: int | None, show) -> None:
             continue
         where = f"micro-batch {place.micro_batch}, dp rank {place.dp_rank}, row {place.row}"
         epoch = place.position // place.source.tokens_per_epoch
-        print(f"step {step}, sequence {k} ({where}): {place.seq_length} tokens of {place.source.dataset.prefix}, epoch {epoch}")
+        seq_length = sum(stretch.length for stretch in place.stretches)
+        print(f"step {step}, sequence {k} ({where}): {seq_length} tokens of {place.source.dataset.prefix}, epoch {epoch}")
         for piece in pieces(place):
             stop = piece.start + piece.length
             print(f"  document {piece.document}, tokens {piece.start} to {stop} of {piece.document_length}: {piece.origin}")

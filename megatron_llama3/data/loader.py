@@ -4,11 +4,12 @@
     batch = train.next_batch(global_batch_size=8, seq_length=1024, micro_batch_size=2, dp_rank=0, dp_size=2)
 
 Every rank advances through the whole global batch by arithmetic, and reads only its own sequences. The position is a small table: for each
-dataset, named by its fingerprint, the epoch and the token offset. A sequence of s tokens advances its dataset by s; it reads one more, the
-target of its last token, which is also the first token of the dataset's next sequence.
+dataset, named by its fingerprint, the tokens given (epoch and offset) and the group of blocks whose turn it is (`mixing.py`). A sequence of
+s tokens advances its dataset by s. The target of a token is the one after it in the dataset's stream, whichever sequence that one is in.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,9 +19,12 @@ from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.blend import next_sources
 from megatron_llama3.data.indexed_dataset import IndexedDataset
+from megatron_llama3.data.mixing import Group, Mixing, Stretch
 from megatron_llama3.data.packing import PackedDocuments
 from megatron_llama3.data.same_tokenizer import check_same_tokenizer
 from megatron_llama3.data.sources import open_sources, parse_data_path, split_shares
+
+logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -36,8 +40,20 @@ class Batch(NamedTuple):
     position_ids: np.ndarray
 
 
+class BatchPlan(NamedTuple):
+    """A global batch before it is read."""
+
+    sources: np.ndarray
+    """int64 [global_batch_size]: each sequence's source"""
+    positions: np.ndarray
+    """int64 [global_batch_size]: tokens that the source has given before the sequence"""
+    groups: list[Group | None]
+    """for each source, the group in which its part begins, or None where its order is the old one"""
+    seq_length: int
+
+
 class TrainingStream:
-    """Batches blended from `sources` by integer `weights`; see the module's docstring.
+    """Batches blended from `sources` by integer `weights`, each read in blocks of `longest` tokens; see the module's docstring.
 
     The loss mask is False where the target belongs to another document than the token, unless `loss_across_documents`.
     Positions run from 0 in each sequence or, with `reset_position_ids`, in each document of a sequence.
@@ -49,31 +65,45 @@ class TrainingStream:
         weights: Sequence[int],
         vocab_size: int,
         seed: int,
+        longest: int,
         reset_position_ids: bool = False,
         loss_across_documents: bool = False,
     ) -> None:
         self.sources, self.weights, self.vocab_size, self.seed = list(sources), list(weights), vocab_size, seed
+        self._mixings = [Mixing(s.tokens_per_epoch, longest, f"{s.dataset.fingerprint} {seed}") for s in sources]
         self.reset_position_ids, self.loss_across_documents = reset_position_ids, loss_across_documents
         self.rewind()
 
     def rewind(self) -> None:
         """Back to the first sequence, as evaluation does each time."""
         self._positions = [0] * len(self.sources)  # tokens given so far, all epochs
+        self._groups: list[Group | None] = [mixing.first_group() for mixing in self._mixings]
         self._sequences = [0] * len(self.sources)
         self._sequences_at_weights = [0] * len(self.sources)  # since the blend's weights last changed
         self._past_sources: list[dict[str, Any]] = []  # table rows of datasets that are no longer in the blend
 
-    def plan_batch(self, global_batch_size: int, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Advances by one global batch. Returns the source's number and the position there of each sequence, int64 [global_batch_size]."""
+    def plan_batch(self, global_batch_size: int, seq_length: int) -> BatchPlan:
+        """Advances by one global batch, without reading."""
         drawn = next_sources(self.weights, self._sequences_at_weights, global_batch_size)
-        positions = np.empty(global_batch_size, dtype=np.int64)
-        for i in range(len(self.sources)):
+        plan = BatchPlan(drawn, np.empty(global_batch_size, dtype=np.int64), list(self._groups), seq_length)
+        for i, mixing in enumerate(self._mixings):
             mine = np.flatnonzero(drawn == i)
-            positions[mine] = self._positions[i] + seq_length * np.arange(len(mine))
+            plan.positions[mine] = self._positions[i] + seq_length * np.arange(len(mine))
             self._positions[i] += seq_length * len(mine)
             self._sequences[i] += len(mine)
             self._sequences_at_weights[i] += len(mine)
-        return drawn, positions
+            if len(mine) and (group := self._groups[i]) is not None:
+                group = mixing.group_at(group, int(plan.positions[mine[0]]), seq_length)
+                plan.groups[i], self._groups[i] = group, mixing.group_at(group, self._positions[i], seq_length)
+        return plan
+
+    def stretches(self, plan: BatchPlan, k: int) -> list[Stretch]:
+        """Where sequence `k` of the planned batch lies in its source's stream."""
+        source, position = int(plan.sources[k]), int(plan.positions[k])
+        group = plan.groups[source]
+        if group is None:
+            return [Stretch(position, plan.seq_length)]
+        return self._mixings[source].stretches(group, position, plan.seq_length)
 
     def next_batch(self, global_batch_size: int, seq_length: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> Batch:
         """The rows of `dp_rank` in the next global batch: its sequence k goes to micro-batch m, rank d, row j with k = (m * dp_size + d) *
@@ -83,33 +113,36 @@ class TrainingStream:
         if global_batch_size % (micro_batch_size * dp_size):
             product = f"micro-batch size {micro_batch_size} x data-parallel size {dp_size}"
             raise UserError(f"global batch size {global_batch_size} is not divisible by {product}")
-        drawn, positions = self.plan_batch(global_batch_size, seq_length)
+        plan = self.plan_batch(global_batch_size, seq_length)
         mine = _rows_of_rank(global_batch_size, micro_batch_size, dp_rank, dp_size)
-        rows = [self._read(int(drawn[k]), int(positions[k]), seq_length) for k in mine.flat]
+        rows = [self._read(self.sources[plan.sources[k]], self.stretches(plan, k)) for k in mine.flat]
         return merge_batches(rows, lambda arrays: np.stack(arrays).reshape(*mine.shape, seq_length))
 
     def read_ahead(self, global_batch_size: int, seq_length: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
         """Has the system begin to read what `next_batch` will want with the same arguments. Does not wait, and moves nothing."""
-        counts = [list(counts) for counts in (self._positions, self._sequences, self._sequences_at_weights)]
-        drawn, positions = self.plan_batch(global_batch_size, seq_length)
-        self._positions, self._sequences, self._sequences_at_weights = counts
+        kept = [list(of_sources) for of_sources in (self._positions, self._groups, self._sequences, self._sequences_at_weights)]
+        plan = self.plan_batch(global_batch_size, seq_length)
+        self._positions, self._groups, self._sequences, self._sequences_at_weights = kept
         for k in _rows_of_rank(global_batch_size, micro_batch_size, dp_rank, dp_size).flat:
-            self.sources[int(drawn[k])].read_ahead(int(positions[k]), seq_length + 1)
+            for start, length in self.stretches(plan, k):
+                self.sources[plan.sources[k]].read_ahead(start, length + 1)
 
-    def _read(self, source: int, position: int, seq_length: int) -> Batch:
-        """One sequence: the arrays of a Batch, each [seq_length]."""
-        tokens, documents = self.sources[source].read(position, seq_length + 1, self.vocab_size)
-        same_document = documents[1:] == documents[:-1]
-        position_ids = np.arange(seq_length)
+    def _read(self, source: PackedDocuments, stretches: list[Stretch]) -> Batch:
+        """One sequence: the arrays of a Batch, each [seq_length]. Stretches share no document, to the model."""
+        pieces = [source.read(start, length + 1, self.vocab_size) for start, length in stretches]
+        firsts = np.cumsum([0] + [piece.documents[-2] + 1 for piece in pieces[:-1]])
+        documents = np.concatenate([piece.documents[:-1] + first for piece, first in zip(pieces, firsts)])
+        loss_mask = np.concatenate([piece.documents[1:] == piece.documents[:-1] for piece in pieces])
+        tokens, targets = (np.concatenate([piece.tokens[cut] for piece in pieces]) for cut in (slice(-1), slice(1, None)))
+        position_ids = np.arange(len(tokens))
         if self.reset_position_ids:
-            begins = np.flatnonzero(np.append(True, ~same_document[:-1]))
-            position_ids -= begins[documents[:-1]]
-        loss_mask = np.ones_like(same_document) if self.loss_across_documents else same_document
-        return Batch(tokens[:-1], tokens[1:], loss_mask, documents[:-1].astype(np.int32), position_ids)
+            position_ids -= np.flatnonzero(np.diff(documents, prepend=-1))[documents]
+        return Batch(tokens, targets, loss_mask | self.loss_across_documents, documents.astype(np.int32), position_ids)
 
     def _row(self, i: int) -> dict[str, Any]:
         source = self.sources[i]
         epoch, offset = divmod(self._positions[i], source.tokens_per_epoch)
+        group = self._groups[i]
         return {
             "fingerprint": source.dataset.fingerprint,
             "prefix": source.dataset.prefix,
@@ -120,6 +153,7 @@ class TrainingStream:
             "sequences": self._sequences[i],
             "weight": self.weights[i],
             "sequences_at_weights": self._sequences_at_weights[i],
+            "blocks": group and group._asdict(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +161,8 @@ class TrainingStream:
         return {"seed": self.seed, "sources": [self._row(i) for i in range(len(self.sources))] + self._past_sources}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`. Datasets may have come, gone, moved to other paths or changed weights: each goes on where it stood.
+        """Goes on from `state`. Datasets may have come, gone, moved to other paths or changed weights: each goes on where it stood,
+        and in its own order where an older version read it as a stream without blocks.
 
         Raises UserError where going on would repeat or lose documents: another seed, or another split of the same dataset.
         """
@@ -146,6 +181,7 @@ class TrainingStream:
                 )
             self._positions[i] = row["epoch"] * source.tokens_per_epoch + row["token_offset"]
             self._sequences[i] = row["sequences"]
+            self._groups[i] = self._saved_group(i, row)
         self._past_sources = [{**row, "weight": 0, "sequences_at_weights": 0} for row in saved.values()]
         before = {row["fingerprint"]: row for row in state["sources"] if row["weight"]}
         now = {s.dataset.fingerprint: w for s, w in zip(self.sources, self.weights) if w}
@@ -153,6 +189,21 @@ class TrainingStream:
             self._sequences_at_weights = [
                 before[s.dataset.fingerprint]["sequences_at_weights"] if w else 0 for s, w in zip(self.sources, self.weights)
             ]
+
+    def _saved_group(self, i: int, row: dict[str, Any]) -> Group | None:
+        if row.get("blocks") is None:
+            return None
+        group, mixing = self._mixings[i].restored(row["blocks"], self._positions[i]), self._mixings[i]
+        if group.block_length < mixing.block_length:
+            until = "up to its epoch's end sequences are made of blocks of %d tokens, with which the epoch began"
+            logger.warning(f"%s: {until}", row["prefix"], group.block_length)
+        return group
+
+    def begin_as_in(self, state: dict[str, Any]) -> None:
+        """To the beginning of the run of which `state` is a later position: in the old order what it has read so."""
+        self.rewind()
+        old = {row["fingerprint"] for row in state["sources"] if row.get("blocks") is None}
+        self._groups = [None if s.dataset.fingerprint in old else group for s, group in zip(self.sources, self._groups)]
 
 
 def _rows_of_rank(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
@@ -181,7 +232,7 @@ def build_train_and_valid_streams(config: RunConfig) -> tuple[TrainingStream, Tr
         sources, integers = open_sources(prefixes, weights, vocab_size, seed, data.data_cache_path, split, part)
         datasets.extend(source.dataset for source in sources)
         check_same_tokenizer(datasets, data.tokenizer_model)
-        return TrainingStream(sources, integers, vocab_size, seed, data.reset_position_ids, data.loss_across_documents)
+        return TrainingStream(sources, integers, vocab_size, seed, data.seq_length, data.reset_position_ids, data.loss_across_documents)
 
     if data.train_data_path:
         train = build(data.train_data_path, "--train-data-path", None, 0)

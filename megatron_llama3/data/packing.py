@@ -1,7 +1,7 @@
-"""One dataset as an endless stream of tokens: its documents shuffled anew each epoch, laid end to end, cut into sequences of any length.
+"""One dataset as an endless stream of tokens: its documents shuffled anew each epoch, laid end to end.
 
-The order depends on the dataset's content, the seed and the epoch, and on nothing else; a place in the stream is the number of tokens
-before it. So a sequence length, a batch size or a layout can change at any moment and every token is still given once an epoch.
+The stream depends on the dataset's content, the seed and the epoch, and on nothing else; a place in it is the number of tokens before it.
+In which order training reads it, `mixing.py` says.
 """
 
 import hashlib

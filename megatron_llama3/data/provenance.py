@@ -15,6 +15,7 @@ from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.schedules import phase_at
 from megatron_llama3.data.indexed_dataset import IndexedDataset
 from megatron_llama3.data.loader import TrainingStream, build_train_and_valid_streams
+from megatron_llama3.data.mixing import Stretch
 from megatron_llama3.data.packing import PackedDocuments
 
 # The names are those of checkpoint/native/weights.py, which imports torch.
@@ -22,14 +23,14 @@ _CONFIG_FILE, _STATE_FILE = "run_config.yaml", "train_state.json"
 
 
 class SequencePlace(NamedTuple):
-    """One sequence of a global batch: where it was trained on, and where it stands in its dataset's stream."""
+    """One sequence of a global batch: where it was trained on, how many tokens its dataset had given, and which of its stream it holds."""
 
     micro_batch: int
     dp_rank: int
     row: int
     source: PackedDocuments
     position: int
-    seq_length: int
+    stretches: list[Stretch]
 
 
 class DocumentPiece(NamedTuple):
@@ -47,13 +48,15 @@ def sequences_of_step(load: str | Path, step: int) -> list[SequencePlace]:
 
     load: a run_config.yaml, a checkpoint (iter_0000500), or a folder of checkpoints. Raises UserError if it does not lead to the step.
     """
-    config, state = _nearest(Path(load), step)
+    config, state, later = _nearest(Path(load), step)
     config.training.eval_iters = 0  # no validation stream
     stream, _ = build_train_and_valid_streams(config)
     iteration, tokens = 0, 0
     if state is not None:
         stream.load_state_dict(state["data"])
         iteration, tokens = state["iteration"], state["consumed_tokens"]
+    elif later is not None and "data" in later:
+        stream.begin_as_in(later["data"])
     for _ in range(iteration + 1, step):
         batch_size, seq_length = phase_at(config, tokens)
         stream.plan_batch(batch_size, seq_length)
@@ -63,16 +66,19 @@ def sequences_of_step(load: str | Path, step: int) -> list[SequencePlace]:
 
 def _places(stream: TrainingStream, config: RunConfig, batch_size: int, seq_length: int) -> Iterator[SequencePlace]:
     rows, ranks = config.training.micro_batch_size, config.parallel.data_parallel_size
-    for k, (source, position) in enumerate(zip(*stream.plan_batch(batch_size, seq_length))):
-        yield SequencePlace(k // rows // ranks, k // rows % ranks, k % rows, stream.sources[source], int(position), seq_length)
+    plan = stream.plan_batch(batch_size, seq_length)
+    for k, (source, position) in enumerate(zip(plan.sources, plan.positions)):
+        at = (k // rows // ranks, k // rows % ranks, k % rows)
+        yield SequencePlace(*at, stream.sources[source], int(position), stream.stretches(plan, k))
 
 
-def _nearest(load: Path, step: int) -> tuple[RunConfig, dict | None]:
-    """The config of the run that made the step, and the last state before it; None for the beginning."""
+def _nearest(load: Path, step: int) -> tuple[RunConfig, dict | None, dict | None]:
+    """The config of the run that made the step, the last state before it or None for the beginning, and the first state after it if any."""
     if step < 1:
         raise UserError(f"--step {step}: steps count from 1")
     if load.is_file():
-        return load_run_config(load), None
+        beside = load.with_name(_STATE_FILE)
+        return load_run_config(load), None, json.loads(beside.read_text()) if beside.is_file() else None
     folders = [load] if (load / _STATE_FILE).is_file() else sorted(path.parent for path in load.glob(f"iter_*/{_STATE_FILE}"))
     if not folders:
         raise UserError(f"--load {load}: neither a run_config.yaml, nor a checkpoint, nor a folder of checkpoints (iter_*)")
@@ -82,16 +88,16 @@ def _nearest(load: Path, step: int) -> tuple[RunConfig, dict | None]:
     config = load_run_config((after or before[-1:])[0] / _CONFIG_FILE)
     if not before and config.checkpoint.load and not config.checkpoint.finetune and Path(config.checkpoint.load) != load:
         raise UserError(f"--step {step} lies before {after[0]}, and the run went on from {config.checkpoint.load}: give that to --load")
-    return config, states[before[-1]] if before else None
+    return config, states[before[-1]] if before else None, states[after[0]] if after else None
 
 
 def pieces(place: SequencePlace) -> list[DocumentPiece]:
     """The documents in a sequence, in their order."""
     dataset = place.source.dataset
-    spans = place.source.spans(place.position, place.seq_length)
     return [
         DocumentPiece(int(document), int(start), int(length), int(dataset.document_lengths[document]), origin_text(dataset, int(document)))
-        for document, start, length in zip(*spans)
+        for stretch in place.stretches
+        for document, start, length in zip(*place.source.spans(*stretch))
     ]
 
 

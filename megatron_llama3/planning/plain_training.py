@@ -1,7 +1,7 @@
 """Llama 3 pretraining in one plain file, which the package and every certificate are held to. It imports nothing of the package.
 
 One process, float64, no parallelism, no packing, no mask: every document of every sequence runs through the model alone. The project's own
-rules are written down a second time: initial weights, shuffle, blend, packing, ramps. Slow, for small models only.
+rules are written down a second time: initial weights, both shuffles, blend, packing, ramps. Slow, for small models only.
 """
 
 import hashlib
@@ -66,13 +66,13 @@ class Sequence(NamedTuple):
     positions: np.ndarray
 
 
-# --- data: Megatron's indexed files, shuffled by document, blended, packed ---
+# --- data: Megatron's indexed files, shuffled by document, packed, permuted by block, blended ---
 
 
 class Corpus:
-    """The first `share` of a dataset's documents as an endless stream, in a new order each epoch."""
+    """The first `share` of a dataset's documents as an endless stream, in a new order each epoch; read in blocks of `longest` tokens."""
 
-    def __init__(self, prefix: str, share: float, seed: int):
+    def __init__(self, prefix: str, share: float, seed: int, longest: int):
         index, raw = Path(f"{prefix}.idx").read_bytes(), Path(f"{prefix}.bin").read_bytes()
         _, _, code, sequences, borders = struct.unpack("<9sQBQQ", index[:34])
         dtype = np.dtype({1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}[code])
@@ -87,7 +87,9 @@ class Corpus:
             start = max(0, len(tokens) - 1024) * sample // 15
             digest.update(tokens[start : start + 1024].astype("<i8").tobytes())
         self.key = f"{digest.hexdigest()[:32]} {seed}"
-        self.tokens, self.owners, self.epochs, self.given = [], [], 0, 0
+        self.tokens, self.owners, self.epochs = [], [], 0
+        self.longest, self.window_end, self.groups = longest, 0, []
+        self.order, self.given = [], 0  # where in the stream each given token is, and those that are about to be given
 
     def _add_epoch(self) -> None:
         """Documents in the order of random numbers without their lowest bits, as many as an index needs; ties by index."""
@@ -100,20 +102,57 @@ class Corpus:
             self.owners += [self.epochs * count + document] * len(self.documents[document])
         self.epochs += 1
 
+    def _add_window(self) -> None:
+        """The blocks that begin in one epoch, permuted, then cut into groups of 256 at most, of one size but for one."""
+        start, period = self.window_end, sum(map(len, self.documents))
+        epoch = start // period
+        begins = range(start, (epoch + 1) * period, self.longest)
+        order = permutation(len(begins), f"{self.key} {epoch} blocks")
+        blocks = [list(range(begins[i], begins[i] + self.longest)) for i in order]
+        groups = math.ceil(len(blocks) / 256)
+        self.groups = [blocks[len(blocks) * i // groups : len(blocks) * (i + 1) // groups] for i in range(groups)]
+        self.window_end = begins[-1] + self.longest
+
+    def _add_group(self, missing: int, length: int) -> None:
+        """The blocks of a group give `length` tokens in turns; the last one first what the sequence before still lacks."""
+        if not self.groups:
+            self._add_window()
+        blocks = self.groups.pop(0)
+        lead = missing if self.longest % length == 0 else 0
+        self.order += blocks[-1][:lead]
+        blocks[-1] = blocks[-1][lead:]
+        for start in range(0, self.longest, length):
+            for block in blocks:
+                self.order += block[start : start + length]
+
     def next(self, length: int, settings: Settings) -> Sequence:
-        """A sequence goes one token beyond its end, for the last target; the next sequence begins with that token."""
-        start, end = self.given, self.given + length
-        while len(self.tokens) <= end:
+        """Targets are the next tokens of the stream. Where the sequence jumps in it, a document of its own begins."""
+        end = self.given + length
+        while len(self.order) < end:
+            self._add_group((end - len(self.order)) % length, length)
+        places, self.given = np.array(self.order[self.given : end]), end
+        while len(self.tokens) <= max(places) + 1:
             self._add_epoch()
-        tokens, owners = (np.array(x[start : end + 1]) for x in (self.tokens, self.owners))
-        inside = owners[1:] == owners[:-1]
-        positions, begin = np.arange(length), 0
-        for i in range(length):
+        tokens, owners = np.array(self.tokens), np.array(self.owners)
+        inside = owners[places + 1] == owners[places]
+        positions, documents = np.arange(length), np.zeros(length, int)
+        for i in range(1, length):
+            goes_on = places[i] == places[i - 1] + 1 and inside[i - 1]
+            documents[i] = documents[i - 1] + (not goes_on)
             if settings.reset_position_ids:
-                begin = i if i and not inside[i - 1] else begin
-            positions[i] = i - begin
-        self.given = end
-        return Sequence(tokens[:-1], tokens[1:], inside | settings.loss_across_documents, owners[:-1], positions)
+                positions[i] = positions[i - 1] + 1 if goes_on else 0
+        return Sequence(tokens[places], tokens[places + 1], inside | settings.loss_across_documents, documents, positions)
+
+
+def permutation(count: int, key: str) -> list[int]:
+    """Where each of `count` places goes: in each of 64 rounds pairs of numbers, those with the same sum, are swapped or not."""
+    order = list(range(count))
+    for turn in range(64):
+        pivot, factor, summand = struct.unpack("<16sQQ", hashlib.sha256(f"{key} {turn}".encode()).digest())
+        pivot = int.from_bytes(pivot, "little") % count
+        swapped = [(factor * max(i, (pivot - i) % count) + summand) % 2**64 >= 2**63 for i in range(count)]
+        order = [(pivot - i) % count if swapped[i] else i for i in order]
+    return order
 
 
 def next_corpus(weights: list[int], given: list[int]) -> int:

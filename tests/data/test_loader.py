@@ -26,32 +26,43 @@ def datasets(tmp_path_factory):
     return {name: write_dataset(folder / name, numbered_documents(lengths, FIRST_ID[name])) for name, lengths in LENGTHS.items()}
 
 
-def make_stream(datasets, weights: dict[str, float], seed: int = 1, **kwargs) -> TrainingStream:
+def make_stream(datasets, weights: dict[str, float], seed: int = 1, longest: int = 64, **kwargs) -> TrainingStream:
     sources = [PackedDocuments(datasets[name], 0, datasets[name].num_documents, seed) for name in weights]
-    return TrainingStream(sources, integer_weights(list(weights.values())), VOCAB, seed, **kwargs)
+    return TrainingStream(sources, integer_weights(list(weights.values())), VOCAB, seed, longest, **kwargs)
 
 
-def tokens_by_source(batches) -> dict[str, list[int]]:
-    """All tokens in the order in which they came, each source's apart."""
-    tokens = np.concatenate([np.asarray(batch.tokens).reshape(-1) for batch in batches])
-    return {name: (tokens[tokens // 10_000 == first // 10_000]).tolist() for name, first in FIRST_ID.items()}
+class Given:
+    """Which places of each dataset's stream have been given, over all batches."""
+
+    def __init__(self):
+        self.places: dict[str, list[int]] = {}
+
+    def plan(self, stream: TrainingStream, size: int, length: int) -> None:
+        plan = stream.plan_batch(size, length)
+        for k, source in enumerate(plan.sources):
+            places = self.places.setdefault(stream.sources[source].dataset.fingerprint, [])
+            for start, count in stream.stretches(plan, k):
+                places += range(start, start + count)
+
+    def check(self, stream: TrainingStream) -> None:
+        """Nothing twice, and nothing left out before the window in which each dataset stands, as the stream's state tells it."""
+        for row in stream.state_dict()["sources"]:
+            places = self.places.get(row["fingerprint"], [])
+            assert len(places) == row["epoch"] * row["tokens_per_epoch"] + row["token_offset"] == len(set(places))
+            assert set(range(row["blocks"]["window"])) <= set(places)
+            assert max(places, default=0) < row["blocks"]["window"] + row["tokens_per_epoch"] + row["blocks"]["block_length"]
 
 
-def resumed(stream: TrainingStream, datasets, weights: dict[str, float]) -> TrainingStream:
+def resumed(stream: TrainingStream, datasets, weights: dict[str, float], longest: int = 64) -> TrainingStream:
     """A new stream that goes on from the state of `stream`, which passes through JSON as in a checkpoint."""
-    other = make_stream(datasets, weights, stream.seed)
+    other = make_stream(datasets, weights, stream.seed, longest)
     other.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     return other
 
 
-def is_stream_prefix(tokens: list[int], dataset, seed: int = 1) -> bool:
-    packed = PackedDocuments(dataset, 0, dataset.num_documents, seed)
-    return not tokens or tokens == packed.read(0, len(tokens), VOCAB).tokens.tolist()
-
-
 def test_a_batch_by_hand(tmp_path):
     dataset = write_dataset(tmp_path / "x", [np.array([1, 2, 3])])
-    stream = TrainingStream([PackedDocuments(dataset, 0, 1, 1)], [1], 10, 1)
+    stream = TrainingStream([PackedDocuments(dataset, 0, 1, 1)], [1], 10, 1, 4)
     batch = stream.next_batch(2, 4, 1, 0, 1)
     assert batch.tokens.tolist() == [[[1, 2, 3, 1]], [[2, 3, 1, 2]]]
     assert batch.targets.tolist() == [[[2, 3, 1, 2]], [[3, 1, 2, 3]]]
@@ -82,7 +93,7 @@ def test_reading_ahead_asks_for_what_comes_next_and_moves_nothing(datasets, monk
 
 def test_options_of_positions_and_borders(tmp_path):
     dataset = write_dataset(tmp_path / "x", [np.array([1, 2, 3])])
-    stream = TrainingStream([PackedDocuments(dataset, 0, 1, 1)], [1], 10, 1, reset_position_ids=True, loss_across_documents=True)
+    stream = TrainingStream([PackedDocuments(dataset, 0, 1, 1)], [1], 10, 1, 5, reset_position_ids=True, loss_across_documents=True)
     batch = stream.next_batch(2, 5, 1, 0, 1)
     assert batch.position_ids.tolist() == [[[0, 1, 2, 0, 1]], [[0, 0, 1, 2, 0]]]
     assert batch.loss_mask.all()
@@ -92,7 +103,7 @@ def test_borders_come_from_the_index_and_not_from_ids(tmp_path):
     """An end-of-document id in mid-document is no border, and equal neighbours are."""
     dataset = write_dataset(tmp_path / "x", [np.array([9, 5, 9, 9, 9]), np.array([9, 9])])
     packed = PackedDocuments(dataset, 0, 2, 1)
-    batch = TrainingStream([packed], [1], 10, 1).next_batch(1, 7, 1, 0, 1)
+    batch = TrainingStream([packed], [1], 10, 1, 7).next_batch(1, 7, 1, 0, 1)
     first = packed.spans(0, 7).lengths[0]
     assert batch.document_ids.tolist() == [[[0] * first + [1] * (7 - first)]]
     assert np.flatnonzero(~batch.loss_mask[0, 0]).tolist() == [first - 1, 6]
@@ -118,7 +129,7 @@ def test_the_ranks_of_any_layout_together_get_the_batch_of_one(datasets, dp_size
 def test_a_target_outside_the_vocabulary_is_refused(tmp_path):
     dataset = write_dataset(tmp_path / "x", [np.array([1, 2, 3])])
     with pytest.raises(UserError, match=r"x: document 0 holds token id 3, outside .* 3 entries"):
-        TrainingStream([PackedDocuments(dataset, 0, 1, 1)], [1], 3, 1).next_batch(1, 2, 1, 0, 1)
+        TrainingStream([PackedDocuments(dataset, 0, 1, 1)], [1], 3, 1, 2).next_batch(1, 2, 1, 0, 1)
 
 
 def test_a_batch_that_the_layout_does_not_divide_is_refused(datasets):
@@ -127,21 +138,22 @@ def test_a_batch_that_the_layout_does_not_divide_is_refused(datasets):
 
 
 _blends = st.sampled_from([{"a": 1}, {"a": 3, "b": 2}, {"b": 1, "c": 5, "a": 1}, {"c": 1}])
-_steps = st.lists(st.tuples(st.sampled_from([1, 2, 6]), st.integers(1, 70), _blends), min_size=1, max_size=12)
+_step = st.tuples(
+    st.sampled_from([1, 2, 6]), st.one_of(st.sampled_from([8, 16, 32, 64]), st.integers(1, 70)), _blends, st.sampled_from([32, 64, 70])
+)
+_steps = st.lists(_step, min_size=1, max_size=12)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=_steps)
 def test_no_token_is_lost_or_repeated_whatever_changes(datasets, steps):
-    """Batch size, sequence length, weights and the set of datasets change at every step, each change a resume from the state."""
-    batches, stream = [], make_stream(datasets, steps[0][2])
-    for batch_size, length, weights in steps:
-        stream = resumed(stream, datasets, weights)
-        batches.append(stream.next_batch(batch_size, length, 1, 0, 1))
-    for name, tokens in tokens_by_source(batches).items():
-        assert is_stream_prefix(tokens, datasets[name])
-    given_tokens = sum(row["epoch"] * row["tokens_per_epoch"] + row["token_offset"] for row in stream.state_dict()["sources"])
-    assert given_tokens == sum(size * length for size, length, _ in steps)
+    """Batch size, sequence length, weights, the set of datasets and the longest sequence change at every step, each change a resume."""
+    given_places, stream = Given(), make_stream(datasets, steps[0][2])
+    for batch_size, length, weights, longest in steps:
+        stream = resumed(stream, datasets, weights, longest)
+        given_places.plan(stream, batch_size, length)
+    given_places.check(stream)
+    assert sum(map(len, given_places.places.values())) == sum(size * length for size, length, *_ in steps)
 
 
 def test_resuming_anywhere_equals_going_on(datasets):
@@ -185,25 +197,71 @@ def test_moved_and_reordered_datasets_go_on(datasets, tmp_path):
 
 def test_a_dataset_that_returns_goes_on_where_it_stood(datasets):
     stream = make_stream(datasets, {"a": 1, "b": 1})
-    first = stream.next_batch(4, 10, 1, 0, 1)
+    given_places = Given()
+    given_places.plan(stream, 4, 10)
     stream = resumed(stream, datasets, {"b": 1})
-    second = stream.next_batch(4, 10, 1, 0, 1)
+    given_places.plan(stream, 4, 10)
     stream = resumed(stream, datasets, {"b": 1})
     assert [row["sequences_at_weights"] for row in stream.state_dict()["sources"]] == [4, 0]
     stream = resumed(stream, datasets, {"a": 1, "b": 1})
-    third = stream.next_batch(4, 10, 1, 0, 1)
+    given_places.plan(stream, 4, 10)
     assert [row["sequences_at_weights"] for row in resumed(stream, datasets, {"a": 1, "b": 1}).state_dict()["sources"]] == [2, 2]
-    for name, tokens in tokens_by_source([first, second, third]).items():
-        assert is_stream_prefix(tokens, datasets[name])
+    given_places.check(stream)
 
 
 def test_going_on_with_another_seed_or_split_is_refused(datasets):
     state = make_stream(datasets, {"a": 1}).state_dict()
     with pytest.raises(UserError, match=r"--seed 2, but .* seed 1"):
         make_stream(datasets, {"a": 1}, seed=2).load_state_dict(state)
-    part = TrainingStream([PackedDocuments(datasets["a"], 0, 10, 1)], [1], VOCAB, 1)
+    part = TrainingStream([PackedDocuments(datasets["a"], 0, 10, 1)], [1], VOCAB, 1, 64)
     with pytest.raises(UserError, match="keep --split"):
         part.load_state_dict(state)
+
+
+def test_a_checkpoint_of_the_old_order_goes_on_in_it(datasets):
+    """Position and hashes as the version before blocks left and made them: the stream of documents as it is."""
+    rows = [
+        ("9837999b5c7f99b13d86274a92961b48", "a", [0, 18], 96, 489, 12, 3),
+        ("a114294fb5f03409d7edc0fb3efa6f2a", "b", [0, 1], 64, 300, 8, 2),
+    ]
+    names = ("fingerprint", "prefix", "documents", "token_offset", "tokens_per_epoch", "sequences", "weight")
+    saved = [dict(zip(names, row)) for row in rows]
+    stream = make_stream(datasets, {"a": 3, "b": 2})
+    stream.load_state_dict({"seed": 1, "sources": [row | {"epoch": 0, "sequences_at_weights": row["sequences"]} for row in saved]})
+    hashes = []
+    for size, length in [(4, 8), (6, 16), (2, 50), (6, 50)]:
+        stream = resumed(stream, datasets, {"a": 3, "b": 2})
+        stream.read_ahead(size, length, 2, 0, 1)
+        hashes.append(batch_hash(stream.next_batch(size, length, 2, 0, 1))[:16])
+    assert hashes == ["32db0b34092ee9be", "6545f5e8de4d68f1", "87653529f98c7a13", "49bb7026ed114da2"]
+
+
+def test_longer_sequences_wait_for_whole_blocks_until_the_epoch_ends(datasets, caplog):
+    stream = make_stream(datasets, {"a": 1}, longest=16)
+    stream.next_batch(4, 16, 1, 0, 1)
+    stream = resumed(stream, datasets, {"a": 1}, longest=32)
+    assert "up to its epoch's end sequences are made of blocks of 16 tokens" in caplog.text
+    lengths = []
+    for _ in range(40):
+        plan = stream.plan_batch(1, 32)
+        lengths.append([stretch.length for stretch in stream.stretches(plan, 0)])
+    assert lengths.count([16, 16]) >= 10
+    assert sum(found != [32] for found in lengths[14:]) <= 3  # its 31 blocks end within a sequence: one a window is of two stretches
+    caplog.clear()
+    resumed(stream, datasets, {"a": 1}, longest=32)
+    assert not caplog.text
+
+
+def test_a_damaged_position_is_refused(datasets):
+    stream = make_stream(datasets, {"a": 1})
+    stream.plan_batch(1, 16)
+    (row,) = stream.state_dict()["sources"]
+    wrong = [(name, n) for name in row["blocks"] for n in (-1, 10**18, 0.5, "1") if (name, n) != ("block_length", 10**18)]
+    damages = [{"token_offset": 10**18}, *({"blocks": row["blocks"] | {name: n}} for name, n in wrong)]
+    damages += [{"blocks": {}}, {"blocks": row["blocks"] | {"block_length": 0}}, {"blocks": row["blocks"] | {"piece_length": 0}}]
+    for damage in damages:
+        with pytest.raises((TypeError, ValueError)):
+            make_stream(datasets, {"a": 1}).load_state_dict({"seed": 1, "sources": [row | damage]})
 
 
 def run_config(**data) -> RunConfig:

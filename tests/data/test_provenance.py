@@ -75,15 +75,34 @@ def test_after_a_change_of_blend_the_config_of_the_checkpoint_after_the_step_cou
     stream, _ = build_train_and_valid_streams(config)
     stream.load_state_dict(json.loads(before)["data"])
     batch_size, seq_length = phase_at(config, json.loads(before)["consumed_tokens"])
-    drawn, positions = stream.plan_batch(batch_size, seq_length)
+    plan = stream.plan_batch(batch_size, seq_length)
     after = tmp_path / "run" / "iter_0000006"
     after.mkdir()
     (after / "run_config.yaml").write_text(resolved_yaml(config))
     (after / "train_state.json").write_text(json.dumps({"iteration": 6}))
     places = sequences_of_step(tmp_path / "run", 6)
-    assert [(place.source.dataset.prefix, place.position) for place in places] == [
-        (stream.sources[source].dataset.prefix, position) for source, position in zip(drawn, positions)
+    assert [(place.source.dataset.prefix, place.position, place.stretches) for place in places] == [
+        (stream.sources[source].dataset.prefix, plan.positions[k], stream.stretches(plan, k)) for k, source in enumerate(plan.sources)
     ]
+
+
+@pytest.mark.parametrize("start", ["checkpoints", "config"])
+def test_a_run_of_the_old_order_is_followed_in_it(config, tmp_path, start):
+    """Its checkpoints say nothing of blocks; the steps before the first one were of the old order as well."""
+    train(config, tmp_path / "run", 9, save_at=[5])
+    path = tmp_path / "run" / "iter_0000005" / "train_state.json"
+    state = json.loads(path.read_text())
+    for row in state["data"]["sources"]:
+        del row["blocks"]
+    path.write_text(json.dumps(state))
+    for step in (1, 4, 6):
+        load = tmp_path / "run" if start == "checkpoints" else path.with_name("run_config.yaml")
+        places = sequences_of_step(load, step)
+        assert all(place.stretches == [(place.position, len_of(place))] for place in places)
+
+
+def len_of(place) -> int:
+    return sum(piece.length for piece in pieces(place))
 
 
 def test_what_does_not_lead_to_the_step_is_refused(config, tmp_path):

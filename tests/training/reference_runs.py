@@ -69,7 +69,7 @@ class Run(NamedTuple):
 
 def run_reference(settings: Settings, data: list[str]) -> Run:
     trainer = Trainer(settings)
-    corpora = [Corpus(prefix, SHARE, settings.seed) for prefix in data]
+    corpora = [Corpus(prefix, SHARE, settings.seed, max(length for _, length in LENGTH_RAMP)) for prefix in data]
     losses, norms, rates = zip(*map(trainer.step, islice(batches(corpora, WEIGHTS, BATCH_RAMP, LENGTH_RAMP, settings), STEPS)))
     kinds = {"model": trainer.weights, "optimizer.exp_avg": trainer.first, "optimizer.exp_avg_sq": trainer.second}
     return Run(losses, norms, rates, {f"{kind}.{name}": t for kind, tensors in kinds.items() for name, t in tensors.items()})
