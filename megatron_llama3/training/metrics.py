@@ -1,7 +1,8 @@
-"""What a person watching a run sees: a progress bar on a terminal or plain lines in a log file, and the same numbers as JSON lines and in
-Weights & Biases (offline unless told otherwise) and TensorBoard. Rank 0 writes."""
+"""What a person watching a run sees: lines, on a terminal as wide as that and above a progress bar; and the same numbers as JSON lines and
+in Weights & Biases (offline unless told otherwise) and TensorBoard. Rank 0 writes."""
 
 import resource
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -52,7 +53,7 @@ class MetricsLogger:
             self.print_line(f"iteration {state.iteration} | step skipped, {state.skipped_in_a_row} in a row: {result.skipped}")
         if state.iteration % self.config.logging.log_interval == 0 or is_last:
             self._write(state, result)
-        elif self.bar is not None:
+        if self.bar is not None:
             self.bar.update()
 
     def evaluated(self, state: TrainState, loss: float) -> None:
@@ -113,7 +114,7 @@ class MetricsLogger:
         self.since, self.tokens, self.steps, self.losses = now, 0, 0, []
 
     def _show(self, record: dict, seconds_left: float) -> None:
-        memory = record["memory_bytes"] / 2**30
+        iteration = f"iteration {record['iteration']}/{self.config.training.train_iters}"
         parts = [
             f"loss {record['loss']:.4f}" if "loss" in record else "no loss",
             f"grad norm {record['gradient_norm']:.3f}" if "gradient_norm" in record else "no grad norm",
@@ -123,13 +124,11 @@ class MetricsLogger:
         ]
         if self.peak_tflops is not None:
             parts.append("MFU " + _both_kinds(record, "mfu", "{:.1%}"))
-        if self.bar is not None:
-            self.bar.set_postfix_str(", ".join(parts), refresh=False)
-            self.bar.update()
+        parts += [f"{record['memory_bytes'] / 2**30:.2f} GiB"]
+        if self.bar is not None:  # which says how long it will take
+            self.print_line(_as_wide_as([iteration, *parts], shutil.get_terminal_size().columns))
             return
-        total = self.config.training.train_iters
-        parts = [f"iteration {record['iteration']}/{total}", f"{record['consumed_tokens']:,} tokens", *parts]
-        print(" | ".join([*parts, f"{memory:.2f} GiB", f"{_clock(seconds_left)} left"]), flush=True)
+        print(" | ".join([iteration, f"{record['consumed_tokens']:,} tokens", *parts, f"{_clock(seconds_left)} left"]), flush=True)
 
     def print_line(self, line: str) -> None:
         """One line, above the progress bar if there is one."""
@@ -146,6 +145,15 @@ class MetricsLogger:
         if self.tensorboard is not None:
             for name, value in record.items():
                 self.tensorboard.add_scalar(name, value, record["iteration"])
+
+
+def _as_wide_as(parts: list[str], columns: int) -> str:
+    """The parts that fit into one line of a terminal, without those that would go beyond it."""
+    line, *rest = parts
+    for part in rest:
+        longer = f"{line} | {part}"
+        line = longer if len(longer) <= columns else line
+    return line
 
 
 def _both_kinds(record: dict, key: str, form: str) -> str:

@@ -1,7 +1,14 @@
 """What a run leaves to be read: a line on the console, the same numbers as JSON lines, and in Weights & Biases' own format."""
 
+import fcntl
 import json
+import os
+import re
+import struct
+import sys
+import termios
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +86,55 @@ def test_lines_reach_a_log_file_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *text, flush=False: flushed.append(flush))
     log_two_steps(config_for(tmp_path), monkeypatch)
     assert flushed == [True, True]
+
+
+@contextmanager
+def terminal(monkeypatch):
+    """In the place of standard output, of 100 columns; what it yields returns the lines that stand on it, the last without its end."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    theirs, ours = os.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    shown = b""
+
+    def lines() -> list[str]:
+        nonlocal shown
+        sys.stdout.flush()
+        os.set_blocking(theirs, False)
+        try:
+            while more := os.read(theirs, 1 << 16):
+                shown += more
+        except BlockingIOError:
+            pass
+        return re.split("\r*\n", shown.decode())
+
+    with os.fdopen(ours, "w") as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        patch.setattr(sys, "__stdout__", output)
+        yield lines
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("peak", [None, 989.0])
+def test_a_terminal_keeps_the_losses_above_the_bar(tmp_path, monkeypatch, peak):
+    monkeypatch.setattr(metrics, "_peak_tflops", lambda: peak)
+    config = config_for(tmp_path)
+    config.training.train_iters = 1_200_000
+    state = TrainState(iteration=1_199_990)
+    with terminal(monkeypatch) as lines:
+        logger = MetricsLogger(config, state)
+        for loss in (5.0, 4.0, 3.0, 2.0):
+            state.iteration, state.consumed_tokens = state.iteration + 1, state.consumed_tokens + BATCH * LENGTH
+            logger(state, StepResult(loss, 0.5, 1e-3, BATCH, LENGTH), False)
+        logger.evaluated(state, 4.25)
+        *above, bar = lines()
+        logger.close()
+    # What stood in a line before is written over with blanks; the bar's block characters count as one.
+    assert all(len(text) <= 100 for line in [*above, bar] for text in line.split("\r"))
+    seen = [line.rpartition("\r")[2].rstrip() for line in above]
+    starts = ["iteration 1199992/1200000 | loss 4.5000 | grad norm 0.500 | lr 1.000e-03 | ", "iteration 1199994/1200000 | loss 2.5000 | "]
+    assert [line[: len(start)] for line, start in zip(seen, starts)] == starts
+    assert seen[2:] == ["iteration 1199994 | validation loss 4.2500"]
+    assert "1199994/1200000 [" in bar.rpartition("\r")[2]
 
 
 def test_what_a_save_and_a_skipped_step_leave(tmp_path, monkeypatch, capsys):
