@@ -71,7 +71,7 @@ class TrainingConfig:
     eval_interval: int = option(1000, "Steps between evaluations on the validation split.")
     eval_iters: int = option(100, "Global batches an evaluation; 0 switches it off.", zero_ok=True)
     seed: int = option(1234, "Seed of initial weights and data order.", zero_ok=True)
-    attention_kernel: str = option("auto", "Attention backend.", choices=("auto", "sdpa", "flex", "varlen", "reference"))
+    attention_kernel: str = option("auto", "Attention backend.", choices=("auto", "sdpa", "tiled", "flex", "varlen", "reference"))
     loss_chunk_size: int = option(1024, "Tokens whose logits are held at a time.")
     manual_gc: bool = option(False, "Collect Python's garbage at the same steps on every rank, and at no other time.")
     manual_gc_interval: int = option(

@@ -22,6 +22,7 @@ from megatron_llama3.config.model import ModelConfig
 from megatron_llama3.model.norm import RMSNorm
 from megatron_llama3.model.rope import apply_rotary
 from megatron_llama3.model.sharding import layer_weights
+from megatron_llama3.model.tiled_attention import plan_tiled, tiled_attention
 from megatron_llama3.parallel.context_parallel import gather_keys_values
 from megatron_llama3.parallel.linear import Recipe
 from megatron_llama3.parallel.tensor_parallel import ParallelLinear, TensorParallel
@@ -219,18 +220,21 @@ class Kernel(NamedTuple):
 KERNELS = {
     "reference": Kernel(plan_reference, reference_attention),
     "sdpa": Kernel(plan_sdpa, sdpa_attention),
+    "tiled": Kernel(plan_tiled, tiled_attention),
     "flex": Kernel(plan_flex, flex_attention),
     "varlen": Kernel(plan_varlen, varlen_attention),
 }
 
 
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`auto` is FlashAttention for packed documents where it runs (bf16 on CUDA), SDPA elsewhere."""
+    """`auto` is FlashAttention for packed documents where it runs (bf16 on CUDA), `tiled` on a CPU in full precision, SDPA elsewhere."""
     if name in ("flex", "varlen") and device.type == "cpu":
-        raise UserError(f"--attention-kernel {name} trains on a GPU only and this job runs on a CPU: use auto, sdpa or reference")
+        raise UserError(f"--attention-kernel {name} trains on a GPU only and this job runs on a CPU: use auto, sdpa, tiled or reference")
     if name != "auto":
         return name
-    return "varlen" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
+    if device.type == "cuda":
+        return "varlen" if dtype == torch.bfloat16 else "sdpa"
+    return "sdpa" if dtype == torch.bfloat16 else "tiled"
 
 
 class Attention(nn.Module):

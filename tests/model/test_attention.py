@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.model.attention import KERNELS, AttentionMask, choose_kernel, plan_varlen, reference_attention
+from megatron_llama3.model.attention import KERNELS, AttentionMask, choose_kernel, plan_tiled, plan_varlen, reference_attention
+from megatron_llama3.model.tiled_attention import tiles_of
 
 SEQUENCE, BATCH, HEADS, KV_HEADS, DIM = 128, 2, 4, 2, 16
 WHOLE = [(0, SEQUENCE)]
@@ -60,8 +61,9 @@ def test_reference_is_what_the_definition_says(ranges, ids):
 
 @pytest.mark.parametrize("ids", [None, documents()], ids=["one document", "documents"])
 @pytest.mark.parametrize("ranges", [WHOLE, CP_RANGES, OUTER_RANGES], ids=str)
-def test_sdpa_forward_and_backward(ranges, ids):
-    ours, inputs = attend("sdpa", ranges, ids)
+@pytest.mark.parametrize("name", ["sdpa", "tiled"])
+def test_forward_and_backward(name, ranges, ids):
+    ours, inputs = attend(name, ranges, ids)
     theirs, reference_inputs = attend("reference", ranges, ids)
     torch.testing.assert_close(ours, theirs)
     grad = torch.randn(ours.shape, dtype=ours.dtype)
@@ -69,6 +71,29 @@ def test_sdpa_forward_and_backward(ranges, ids):
     theirs.backward(grad)
     for x, y in zip(inputs, reference_inputs):
         torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("ids", [None, documents()], ids=["one document", "documents"])
+def test_tiles_of_any_height_and_the_last_a_short_one(monkeypatch, ids):
+    monkeypatch.setattr("megatron_llama3.model.tiled_attention.ROWS", 24)
+    test_forward_and_backward("tiled", WHOLE, ids)
+
+
+def test_tiles_leave_out_keys_that_no_query_of_them_sees():
+    ids = np.repeat(np.arange(3, dtype=np.int32), [40, 72, 16])[None]
+    tiles = list(tiles_of(*plan_tiled(AttentionMask(WHOLE, ids), 1)))
+    assert [(tile.queries, tile.keys) for tile in tiles] == [(slice(0, 64), slice(0, 64)), (slice(64, 128), slice(40, 128))]
+    assert [tile.hidden.shape[-1] for tile in tiles] == [64, 88]  # a later document's queries do not see the earlier one's keys
+    without = tiles_of(*plan_tiled(AttentionMask(WHOLE), 1))
+    assert [tile.hidden.shape[-1] for tile in without] == [63, 63]  # only the tile itself is masked
+
+
+def test_tiles_compute_bfloat16_in_float32():
+    ours, inputs = attend("tiled", WHOLE, documents(), torch.bfloat16)
+    exact, _ = attend("reference", WHOLE, documents(), torch.bfloat16)  # the same inputs, in float32 inside
+    torch.testing.assert_close(ours, exact, rtol=0, atol=2**-8)
+    ours.sum().backward()
+    assert {x.grad.dtype for x in inputs} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("ids", [None, documents()], ids=["one document", "documents"])
@@ -127,5 +152,6 @@ def test_varlen_and_flex_are_refused_on_a_cpu_before_training():
         with pytest.raises(UserError, match=f"--attention-kernel {name}"):
             choose_kernel(name, torch.device("cpu"), torch.float32)
     assert choose_kernel("auto", torch.device("cpu"), torch.bfloat16) == "sdpa"
+    assert choose_kernel("auto", torch.device("cpu"), torch.float32) == "tiled"
     assert choose_kernel("auto", torch.device("cuda"), torch.bfloat16) == "varlen"
     assert choose_kernel("auto", torch.device("cuda"), torch.float32) == "sdpa"
