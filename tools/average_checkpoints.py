@@ -29,7 +29,7 @@ def main() -> None:
     from megatron_llama3.checkpoint.native import check_files, open_native, write_native
 
     shares = averaging_weights(len(arguments.load), arguments.exponential_decay)
-    source = average([open_native(path) for path in arguments.load], shares, [str(path) for path in arguments.load])
+    source = average([open_native(path, checksums=False) for path in arguments.load], shares, [str(path) for path in arguments.load])
     for path in arguments.load if not arguments.no_verify else ():
         check_files(path)
     with publish_folder(arguments.save, source.nbytes()) as aside:

@@ -57,7 +57,7 @@ def main() -> None:
     from megatron_llama3.checkpoint.tokenizer_files import with_tokenizer
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    source = with_tokenizer(_open(arguments.source, arguments.load), arguments.tokenizer_model)
+    source = with_tokenizer(_open(arguments.source, arguments.load, is_held=True), arguments.tokenizer_model)
     shards = 1 if arguments.target_model_parallel_size is None else arguments.target_model_parallel_size
     size = source.nbytes(dtype)
     sides = f"{arguments.load} ({arguments.source}) -> {arguments.save} ({arguments.target})"
@@ -73,14 +73,16 @@ def main() -> None:
     print(f"done: {arguments.save}")
 
 
-def _open(kind: str, path: Path):
-    """The WeightSource of a folder or file of that kind."""
+def _open(kind: str, path: Path, is_held: bool = False):
+    """The WeightSource of a folder or file of that kind; `is_held`: no checksums as it is read, `check_files` holds all of it to them."""
     from megatron_llama3.checkpoint.gguf import open_gguf
     from megatron_llama3.checkpoint.huggingface import open_hf
     from megatron_llama3.checkpoint.meta import open_meta
     from megatron_llama3.checkpoint.native import open_native
 
-    return {"native": open_native, "hf": open_hf, "meta": open_meta, "gguf": open_gguf}[kind](path)
+    if kind == "native":
+        return open_native(path, checksums=not is_held)
+    return {"hf": open_hf, "meta": open_meta, "gguf": open_gguf}[kind](path)
 
 
 def _write(kind: str, source, folder: Path, dtype, shards: int, workers: int | None) -> None:

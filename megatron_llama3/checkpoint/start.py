@@ -3,11 +3,13 @@ nothing."""
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from megatron_llama3.checkpoint.compatibility import check_compatible
 from megatron_llama3.checkpoint.huggingface import open_hf
+from megatron_llama3.checkpoint.native.checksums import DamagedCheckpointError
 from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, latest_iteration, resolve_native
 from megatron_llama3.checkpoint.native.manifest import damage
 from megatron_llama3.checkpoint.store import load_checkpoint, load_hf_weights
@@ -39,23 +41,33 @@ def find_start(config: RunConfig, groups: ParallelGroups) -> Start | None:
     return said_by_rank_0(groups, lambda: _choose(config))
 
 
-def load_start(start: Start | None, config: RunConfig, engine: Engine, stream: TrainingStream) -> TrainState:
-    """Restores what `find_start` found (collective)."""
-    if start is None:
-        return TrainState()
-    if start.is_hf:
+def load_start(start: Start | None, config: RunConfig, engine: Engine, stream: TrainingStream) -> tuple[Start | None, TrainState]:
+    """Restores what `find_start` found, and returns what was taken (collective). Where its tensors turn out to be damaged while they
+    are read, --auto-resume goes back to the last whole checkpoint before it; otherwise DamagedCheckpointError is raised."""
+    damaged: list[Path] = []
+    while start is not None and not start.is_hf:
+        try:
+            return start, load_checkpoint(start.folder, replace(config, checkpoint=start.options), engine, stream)
+        except DamagedCheckpointError as error:
+            if not config.checkpoint.auto_resume or start.folder.parent != Path(config.checkpoint.save):
+                raise
+            if engine.groups.rank == 0:
+                print(f"{start.folder.name} is passed over: {error}", flush=True)
+            damaged.append(start.folder)
+            start = said_by_rank_0(engine.groups, lambda: _choose(config, damaged))
+    if start is not None:
         load_hf_weights(start.folder, engine)
-        return TrainState()
-    return load_checkpoint(start.folder, replace(config, checkpoint=start.options), engine, stream)
+    return start, TrainState()
 
 
-def latest_whole_checkpoint(config: RunConfig) -> Start | None:
-    """The last whole checkpoint of this run's --save, taken with all that is in it; None where nothing was saved yet.
+def latest_whole_checkpoint(config: RunConfig, damaged: Sequence[Path] = ()) -> Start | None:
+    """The last whole checkpoint of this run's --save that is not among the `damaged`, taken with all that is in it; None where nothing was
+    saved yet.
 
     Each damaged one that is passed over is a printed line. Raises UserError if none of several is whole.
     """
     candidates = _saved(Path(config.checkpoint.save))
-    for folder in candidates:
+    for folder in (folder for folder in candidates if folder not in damaged):
         reason = damage(folder)
         if reason is None:
             return Start(folder, replace(config.checkpoint, finetune=False, no_load_optim=False, no_load_rng=False))
@@ -65,9 +77,9 @@ def latest_whole_checkpoint(config: RunConfig) -> Start | None:
     return None
 
 
-def _choose(config: RunConfig) -> Start | None:
+def _choose(config: RunConfig, damaged: Sequence[Path] = ()) -> Start | None:
     options = config.checkpoint
-    start = latest_whole_checkpoint(config) if options.auto_resume else None
+    start = latest_whole_checkpoint(config, damaged) if options.auto_resume else None
     if start is None and options.load is not None:
         start = _other_start(options)
     if start is not None:

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from megatron_llama3.checkpoint.files.publish import sync
 from megatron_llama3.checkpoint.huggingface import open_hf
+from megatron_llama3.checkpoint.native.checked_loading import CheckedReader, CoveringPlanner
+from megatron_llama3.checkpoint.native.checksums import DamagedCheckpointError
 from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, read_train_state
 from megatron_llama3.checkpoint.native.manifest import MANIFEST_FILE, summarize, write_manifest
 from megatron_llama3.checkpoint.native.metadata import SafeFileSystemReader
@@ -71,13 +73,14 @@ class CheckpointWriter:
             self._begin(partial, _train_state(state, stream, self.config))
         dist.barrier(self.group)
         tensors = self._tensors()
+        storage = ThreadedWriter(partial, threads_for(tensors))
         written = dcp.async_save(
             tensors,
-            storage_writer=ThreadedWriter(partial, threads_for(tensors)),
+            storage_writer=storage,
             process_group=self.group,
             async_stager=self._stager(tensors),
         )
-        self.pending = self.background.submit(self._finish, written, partial)
+        self.pending = self.background.submit(self._finish, written, partial, storage.starts)
         if self.config.checkpoint.no_async_save:
             self.wait()
         self.last_stall_seconds = time.monotonic() - started
@@ -131,10 +134,10 @@ class CheckpointWriter:
             reason = _first_line(error) if error else "another rank says why"
             raise UserError(f"--save {self.folder}: checkpoint could not be written: {reason}") from error
 
-    def _finish(self, written: Future, partial: Path) -> None:
+    def _finish(self, written: Future, partial: Path, starts: dict[str, list[int]]) -> None:
         """In the background, on every rank: sums up what it wrote; rank 0 publishes the whole."""
         written.result()  # every rank has written and synced its part
-        files = self._summaries(partial)
+        files = self._summaries(partial, starts)
         if self.engine.groups.rank != 0:
             return
         write_manifest(partial, files)
@@ -144,11 +147,12 @@ class CheckpointWriter:
         except OSError as error:
             print(f"--keep-last/--keep-every: an older checkpoint could not be deleted: {error}", flush=True)
 
-    def _summaries(self, partial: Path) -> dict[str, dict]:
-        """The manifest's entries of all ranks' files, on rank 0 (collective)."""
+    def _summaries(self, partial: Path, starts: dict[str, list[int]]) -> dict[str, dict]:
+        """The manifest's entries of all ranks' files, on rank 0 (collective). `starts`: where the tensors of this rank's begin."""
         rank = self.engine.groups.rank
         try:
-            mine = {own.name: summarize(own) for own in files_of_rank(partial, rank)}  # none where other ranks write all of it
+            own = files_of_rank(partial, rank)  # none where other ranks write all of it
+            mine = {path.name: summarize(path, starts[path.name]) for path in own}
         except OSError as error:
             mine = error
         everyones = [None] * dist.get_world_size(self.group) if rank == 0 else None
@@ -165,7 +169,11 @@ class CheckpointWriter:
 
 
 def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: TrainingStream) -> TrainState:
-    """Restores weights, optimizer, schedule, data position and random state; with --finetune weights only. Collective."""
+    """Restores weights, optimizer, schedule, data position and random state; with --finetune weights only. Collective.
+
+    Raises UserError, of them DamagedCheckpointError on all ranks where one has read bytes that are not those that were saved; the engine's
+    tensors are then of no use until others are loaded, and nothing else has changed.
+    """
     options = config.checkpoint
     saved = read_train_state(folder)
     _check_tokenizer(saved, config, folder)
@@ -173,7 +181,8 @@ def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: Tra
         raise UserError(f"--load {folder}: holds weights alone, no training run to go on with: add --finetune to start from them")
     with_optimizer = not (options.finetune or options.no_load_optim)
     state = TrainState.from_saved(saved)
-    _load_tensors(engine, SafeFileSystemReader(folder), folder, state.updates, with_optimizer)
+    reader = SafeFileSystemReader(folder) if options.no_load_checksums else CheckedReader(folder)
+    _load_tensors(engine, reader, folder, state.updates, with_optimizer)
     if options.finetune:
         return TrainState()
     try:
@@ -193,10 +202,13 @@ def load_hf_weights(folder: Path, engine: Engine) -> None:
 def _load_tensors(engine: Engine, reader: dcp.StorageReader, folder: Path, step: int, with_optimizer: bool) -> None:
     tensors = engine.state_tensors(with_optimizer)
     try:
-        dcp.load(tensors, storage_reader=reader, process_group=engine.groups.saving)
+        dcp.load(tensors, storage_reader=reader, planner=CoveringPlanner(folder), process_group=engine.groups.saving)
     except dcp.CheckpointException as error:
-        reasons = [_first_line(failure[0]) for failure in error.failures.values()]
-        raise UserError(f"{folder}: {reasons[0] if reasons else error}") from error
+        failures = [failure for failure, _ in error.failures.values()]
+        damaged = [failure for failure in failures if isinstance(failure, DamagedCheckpointError)]
+        if damaged:
+            raise damaged[0] from error
+        raise UserError(f"{folder}: {_first_line(failures[0]) if failures else error}") from error
     engine.state_loaded(step, with_optimizer)
 
 

@@ -108,6 +108,7 @@ class CheckpointConfig:
     finetune: bool = option(False, "Load weights only, and start at step 0.")
     no_load_optim: bool = option(False, "Do not load optimizer state.")
     no_load_rng: bool = option(False, "Do not load random number state.")
+    no_load_checksums: bool = option(False, "Do not hold what is loaded to the checksums of its manifest.")
     override_opt_param_scheduler: bool = option(
         False,
         "Take the learning-rate schedule from the flags where it differs from the checkpoint's.",

@@ -37,7 +37,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--tokenizer-model", type=Path, help="tokenizer.model, tokenizer.json or a folder; default: the checkpoint's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--no-load-checksums", action="store_true", help="do not hold what is loaded to the checksums of its manifest")
     args = parser.parse_args(argv)
+    if args.no_load_checksums and args.load_hf:
+        raise UserError("--no-load-checksums: a Hugging Face folder has none")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be 1 or more")
     if args.temperature < 0:
@@ -63,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 def open_checkpoint(args: argparse.Namespace) -> tuple["WeightSource", "Tokenizer"]:
     """The stored weights, and the tokenizer that was named, or that lies with them, or that their run was trained with."""
     from megatron_llama3.checkpoint.huggingface import open_hf
-    from megatron_llama3.checkpoint.native.weights import CONFIG_FILE, TOKENIZER_FOLDER, open_native, resolve_native
+    from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, TOKENIZER_FOLDER, resolve_native
+    from megatron_llama3.checkpoint.native.manifest import damage
+    from megatron_llama3.checkpoint.native.weights import open_native
     from megatron_llama3.config.command_line import load_run_config
     from megatron_llama3.tokenizer.llama3 import load_tokenizer
 
@@ -71,7 +76,10 @@ def open_checkpoint(args: argparse.Namespace) -> tuple["WeightSource", "Tokenize
         source, path = open_hf(args.load_hf), args.load_hf
     else:
         folder = resolve_native(args.load)
-        source, kept = open_native(folder), folder / TOKENIZER_FOLDER
+        reason = damage(folder)
+        if reason is not None:
+            raise UserError(f"--load {args.load}: {reason}")
+        source, kept = open_native(folder, checksums=not args.no_load_checksums), folder / TOKENIZER_FOLDER
         path = kept if source.assets and kept.is_dir() else load_run_config(str(folder / CONFIG_FILE)).data.tokenizer_model
     path = args.tokenizer_model or path
     if path is None:

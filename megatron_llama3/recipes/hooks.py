@@ -3,12 +3,13 @@
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_llama3.checkpoint.native.checksums import DamagedCheckpointError
 from megatron_llama3.checkpoint.native.folder import STATE_FILE, read_train_state
 from megatron_llama3.checkpoint.native.manifest import damage
 from megatron_llama3.checkpoint.start import Start
@@ -113,14 +114,12 @@ def rolling_back(
             return
         if writer is not None:
             writer.wait()
-        target = _agree(engine, lambda: _rollback_target(config, state, start))
-        if target is None:
+        before, position = state.updates, stream.state_dict()
+        target, restored = _roll_back(engine, stream, config, state, start)
+        if restored is None:
             skipped = f"{state.skipped_in_a_row} steps were skipped in a row, the last because {result.skipped}"
             advice = "no checkpoint is left to go back to: start from an earlier one by --load, perhaps with a lower --lr"
             raise UserError(f"iteration {state.iteration}: {skipped}; {advice}")
-        before, position = state.updates, stream.state_dict()
-        plain = replace(config.checkpoint, finetune=False, no_load_optim=False, no_load_rng=False)
-        restored = load_checkpoint(target, replace(config, checkpoint=plain), engine, stream)
         stream.load_state_dict(position)
         state.lost_updates, state.skipped_in_a_row = state.iteration - restored.updates, 0
         state.lost_samples = state.consumed_samples - restored.update_samples
@@ -133,13 +132,32 @@ def rolling_back(
     return hook
 
 
-def _rollback_target(config: RunConfig, state: TrainState, start: Start | None) -> Path | None:
-    """The newest whole checkpoint to go back to, of --save and the one that the run started from; None if there is none left."""
+def _roll_back(
+    engine: Engine, stream: TrainingStream, config: RunConfig, state: TrainState, start: Start | None
+) -> tuple[Path | None, TrainState | None]:
+    """Loads the newest checkpoint to go back to, past those that turn out to be damaged, and returns it and its state; None twice if there
+    is none left (collective)."""
+    plain = replace(config.checkpoint, finetune=False, no_load_optim=False, no_load_rng=False)
+    damaged: list[Path] = []
+    while (target := _agree(engine, lambda: _rollback_target(config, state, start, damaged))) is not None:
+        try:
+            return target, load_checkpoint(target, replace(config, checkpoint=plain), engine, stream)
+        except DamagedCheckpointError as error:
+            if engine.groups.rank == 0:
+                print(f"{target.name} is passed over: {error}", flush=True)
+            damaged.append(target)
+    return None, None
+
+
+def _rollback_target(config: RunConfig, state: TrainState, start: Start | None, damaged: Sequence[Path] = ()) -> Path | None:
+    """The newest whole checkpoint to go back to, of --save and the one that the run started from, that is not among the `damaged`; None if
+    there is none left."""
     save = config.checkpoint.save
     folders = [path.parent for path in Path(save).glob(f"iter_*/{STATE_FILE}")] if save is not None else []
     if start is not None and not start.is_hf and not start.options.finetune:
         folders.append(start.folder)
-    whole = [folder for folder in dict.fromkeys(folders) if re.fullmatch(r"iter_\d+", folder.name) and damage(folder) is None]
+    folders = [folder for folder in dict.fromkeys(folders) if folder not in damaged]
+    whole = [folder for folder in folders if re.fullmatch(r"iter_\d+", folder.name) and damage(folder) is None]
     states = {folder: read_train_state(folder) for folder in whole}
     sound = [
         folder

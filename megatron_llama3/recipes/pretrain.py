@@ -60,7 +60,7 @@ def _run(config: RunConfig, groups, streams, stop: StopReasons, lock, since: flo
     say = partial(print, flush=True) if groups.rank == 0 else lambda line: None
     start = find_start(config, groups)  # refused before any weight is made if it does not fit
     engine, objective = build_engine(config, groups), NextToken()
-    state = load_start(start, config, engine, streams[0])
+    start, state = load_start(start, config, engine, streams[0])
     say(_kernels(config, engine))
     say(f"loaded {start.folder} at iteration {state.iteration}" if start else "starting from initial weights")
 

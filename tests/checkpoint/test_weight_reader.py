@@ -42,7 +42,7 @@ def loaded(config: RunConfig) -> dict[str, torch.Tensor]:
     groups = initialize_groups(config.parallel)
     start = find_start(config, groups)
     engine = build_engine(config, groups)
-    assert load_start(start, config, engine, stream=None) == TrainState()
+    assert load_start(start, config, engine, stream=None) == (start, TrainState())
     return {k: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for k, t in engine.state_tensors().items()}
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_llama3.checkpoint.huggingface import export_hf
 from megatron_llama3.checkpoint.lazy_tensor import WeightSource
+from megatron_llama3.checkpoint.native.manifest import summarize, write_manifest
 from megatron_llama3.checkpoint.native.weights import CONFIG_FILE, TOKENIZER_FOLDER, write_native
 from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets
 from megatron_llama3.config.command_line import load_run_config, resolved_yaml
@@ -38,6 +39,7 @@ def folder(tmp_path_factory):
     config = load_run_config(str(saved / CONFIG_FILE))
     config.data.tokenizer_model = str(folder / "tokenizer")
     (saved / CONFIG_FILE).write_text(resolved_yaml(config))
+    write_manifest(saved, {path.name: summarize(path) for path in saved.glob("*.distcp")})
     export_hf(folder / "native", folder / "hf")
     return folder
 

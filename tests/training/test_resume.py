@@ -124,7 +124,7 @@ def run(config: RunConfig, until: int, save: bool) -> Part:
     stream, _ = build_train_and_valid_streams(config)
     start = find_start(config, groups)
     engine = build_engine(config, groups)
-    state = load_start(start, config, engine, stream)
+    _, state = load_start(start, config, engine, stream)
     batches = record_batches(stream)
     writer = CheckpointWriter(config, engine) if save else None
     part = Part([], batches, {}, {})

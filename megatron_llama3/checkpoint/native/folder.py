@@ -8,6 +8,7 @@ from megatron_llama3.config.errors import UserError
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "run_config.yaml"
 STATE_FILE = "train_state.json"
+TOKENIZER_FOLDER = "tokenizer"  # tokenizer files and generation_config.json that came with converted weights
 _MOST_DIGITS = 15
 COUNTS = ("iteration", "consumed_samples", "consumed_tokens")  # in every train state
 

@@ -6,6 +6,7 @@ It is a pickle. `read_metadata` admits only the types that describe tensors; `Sa
 import bisect
 import pathlib
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -101,16 +102,17 @@ def _stored_tensor(key: str, entry: metadata.TensorStorageMetadata, places: dict
         raise UserError(f"{folder}: the chunks of {key} do not cover its shape {list(shape)}")
     if any(chunk.sizes[2:] != shape[2:] for chunk in chunks):
         raise UserError(f"{folder}: {key} is cut along more than two dimensions")
-    if _overlap(chunks):
+    if overlap([(chunk.offsets, chunk.sizes) for chunk in chunks]):
         raise UserError(f"{folder}: chunks of {key} overlap, so that they do not cover its shape {list(shape)}")
     return StoredTensor(entry.properties.dtype, shape, chunks)
 
 
-def _overlap(chunks: list[StoredChunk]) -> bool:
-    """Whether two of them share an element, in n log n steps: rows are swept over, and the chunks at a row kept in order of columns."""
+def overlap(chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether two of these (offsets, sizes) share an element, looking at two dimensions, in n log n steps: rows are swept over, and the
+    chunks at a row kept in order of columns."""
     edges = []
-    for chunk in chunks:
-        (row, column), (rows, columns) = (*chunk.offsets, 0, 0)[:2], (*chunk.sizes, 1, 1)[:2]
+    for offsets, sizes in chunks:
+        (row, column), (rows, columns) = (*offsets, 0, 0)[:2], (*sizes, 1, 1)[:2]
         if rows and columns:
             edges += [(row, True, column, column + columns), (row + rows, False, column, column + columns)]
     here: list[tuple[int, int]] = []
@@ -145,7 +147,8 @@ def whole_tensors(chunks: dict[str, tuple[torch.dtype, tuple[int, ...], str, int
 class SafeFileSystemReader(FileSystemReader):
     """torch's reader with `.metadata` read by `read_metadata`: pass it to dcp.load as `storage_reader`.
 
-    Its `read_metadata` raises UserError for an entry that is no tensor: dcp.load would unpickle it without restriction.
+    Its `read_metadata` raises UserError for an entry that is no tensor, which dcp.load would unpickle without restriction, and for a file
+    outside the folder.
     """
 
     def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
@@ -153,6 +156,9 @@ class SafeFileSystemReader(FileSystemReader):
         for key, entry in content.state_dict_metadata.items():
             if not isinstance(entry, metadata.TensorStorageMetadata):
                 raise UserError(f"{self.path}/{METADATA_FILE}: {key} is stored as a pickle, not as a tensor; loading it could run code")
+        for index, place in content.storage_data.items():
+            if Path(place.relative_path).name != place.relative_path:
+                raise UserError(f"{self.path}/{METADATA_FILE}: {index.fqn} would be read from {place.relative_path!r}, outside the folder")
         content.storage_meta = content.storage_meta or metadata.StorageMeta()
         content.storage_meta.load_id = self.load_id
         return content

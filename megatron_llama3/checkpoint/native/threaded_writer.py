@@ -35,6 +35,8 @@ class ThreadedWriter(dcp.FileSystemWriter):
     def __init__(self, folder: Path, threads: int):
         super().__init__(folder, sync_files=True)
         self.threads = threads
+        self.starts: dict[str, list[int]] = {}
+        """Of each file that was written, where its tensors begin."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         """Raises what the first thread that failed raised, after all have ended."""
@@ -42,7 +44,10 @@ class ThreadedWriter(dcp.FileSystemWriter):
         with ThreadPoolExecutor(self.threads, thread_name_prefix="checkpoint-file") as pool:
             running = [pool.submit(lambda share: write(share, planner).wait(), share) for share in _shares(plan, self.threads)]
         written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        written.set_result([result for share in running for result in share.result()])
+        results = [result for share in running for result in share.result()]
+        for place in (result.storage_data for result in results):
+            self.starts.setdefault(place.relative_path, []).append(place.offset)
+        written.set_result(results)
         return written
 
 

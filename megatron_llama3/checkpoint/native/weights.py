@@ -18,7 +18,8 @@ from megatron_llama3.checkpoint.files.torch_archive import read_archive
 from megatron_llama3.checkpoint.files.torch_archive_writer import write_archive
 from megatron_llama3.checkpoint.lazy_tensor import LazyTensor, WeightSource, cast, map_file
 from megatron_llama3.checkpoint.names import check_weights, weight_shapes
-from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, resolve_native
+from megatron_llama3.checkpoint.native.checksums import Checksums
+from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, TOKENIZER_FOLDER, resolve_native
 from megatron_llama3.checkpoint.native.manifest import damaged_files, entry, summarize, write_manifest
 from megatron_llama3.checkpoint.native.metadata import StoredChunk, StoredTensor, stored_tensors, write_metadata
 from megatron_llama3.checkpoint.tokenizer_files import tokenizer_assets, write_tokenizer
@@ -26,19 +27,20 @@ from megatron_llama3.config.command_line import load_run_config, resolved_yaml
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 
-TOKENIZER_FOLDER = "tokenizer"  # tokenizer files and generation_config.json that came with converted weights
 MODEL_PREFIX = "model."
 FILE_BYTES = 5_000_000_000
 
 
-def open_native(path: str | Path) -> WeightSource:
-    """The model weights of a native checkpoint (optimiser state is left alone), still on disk.
+def open_native(path: str | Path, checksums: bool = True) -> WeightSource:
+    """The model weights of a native checkpoint (optimiser state is left alone), still on disk; with `checksums` each part is held to the
+    manifest before it is read for the first time.
 
     Raises UserError for a missing or truncated file, a poisoned pickle, or weights that do not fit the run config.
     """
     folder = resolve_native(path)
     config = load_run_config(folder / CONFIG_FILE)
-    tensors = {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in open_native_tensors(folder, MODEL_PREFIX).items()}
+    stored = open_native_tensors(folder, MODEL_PREFIX, checksums)
+    tensors = {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in stored.items()}
     shapes = weight_shapes(config.model, len(tensors), folder / CONFIG_FILE)
     check_weights({name: tensor.shape for name, tensor in tensors.items()}, shapes, folder)
     kept = folder / TOKENIZER_FOLDER
@@ -63,8 +65,9 @@ def _tokenizer_of_run(config: RunConfig) -> dict[str, bytes]:
     return tokenizer_assets(Path(path)) if path and Path(path).exists() else {}
 
 
-def open_native_tensors(folder: Path, prefix: str = "") -> dict[str, LazyTensor]:
+def open_native_tensors(folder: Path, prefix: str = "", checksums: bool = True) -> dict[str, LazyTensor]:
     """Every tensor of one iteration whose DCP key starts with `prefix`, by that key."""
+    sums = Checksums(folder) if checksums else None
     mappings: dict[Path, mmap.mmap] = {}
     tensors = {}
     for key, stored in stored_tensors(folder, prefix).items():
@@ -77,7 +80,7 @@ def open_native_tensors(folder: Path, prefix: str = "") -> dict[str, LazyTensor]
             end, size = chunk.offset + chunk.length, len(mappings[chunk.path])
             if end > size:
                 raise UserError(f"{chunk.path}: truncated: {key} ends at byte {end}, the file has {size}")
-            chunks.append(_Chunk(mappings[chunk.path], chunk, stored.dtype))
+            chunks.append(_Chunk(mappings[chunk.path], chunk, stored.dtype, sums))
         tensors[key] = _assemble(stored, chunks)
     return tensors
 
@@ -103,12 +106,14 @@ def write_native(source: WeightSource, save: Path, dtype: torch.dtype | None = N
 
 def _write_file(folder: Path, name: str, tensors: dict[str, LazyTensor], chunks: dict[str, tuple], summaries: dict[str, dict]) -> None:
     """One .distcp file: for each tensor what torch.save writes, back to back. Notes each one's place, and the file's manifest entry."""
+    crcs = {}
     with FileWriter(folder / name) as file:
         for key, tensor in tensors.items():
-            offset = file.position
+            offset, file.crc = file.position, 0
             write_archive(file, tensor)
             chunks[key] = (tensor.dtype, tensor.shape, name, offset, file.position - offset)
-        summaries[name] = entry(file.position, file.crc)
+            crcs[offset] = file.crc
+        summaries[name] = entry(crcs, file.position)
 
 
 def _files(tensors: dict[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
@@ -126,15 +131,17 @@ def _files(tensors: dict[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
 class _Chunk:
     """One stored chunk, whose zip is parsed on first use: 405B has thousands."""
 
-    def __init__(self, mapping: mmap.mmap, place: StoredChunk, dtype: torch.dtype):
+    def __init__(self, mapping: mmap.mmap, place: StoredChunk, dtype: torch.dtype, checksums: Checksums | None):
         self.place = place
-        self._mapping, self._dtype = mapping, dtype
+        self._mapping, self._dtype, self._checksums = mapping, dtype, checksums
         self._tensor: LazyTensor | None = None
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Raises UserError where the bytes are not the tensor that `.metadata` announces."""
+        """Raises UserError where the bytes are not those that were saved, or not the tensor that `.metadata` announces."""
         place = self.place
         if self._tensor is None:
+            if self._checksums is not None:
+                self._checksums.check(place.path.name, place.offset, place.length)
             content = read_archive(self._mapping, place.path, place.offset, place.length)
             if not isinstance(content, LazyTensor) or content.shape != place.sizes or content.dtype != self._dtype:
                 found = f"{list(content.shape)} {content.dtype}" if isinstance(content, LazyTensor) else "no tensor"
