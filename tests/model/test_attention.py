@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.model import attention
 from megatron_llama3.model.attention import KERNELS, AttentionMask, choose_kernel, plan_tiled, plan_varlen, reference_attention
 from megatron_llama3.model.tiled_attention import tiles_of
 
@@ -155,3 +156,21 @@ def test_varlen_and_flex_are_refused_on_a_cpu_before_training():
     assert choose_kernel("auto", torch.device("cpu"), torch.float32) == "tiled"
     assert choose_kernel("auto", torch.device("cuda"), torch.bfloat16) == "varlen"
     assert choose_kernel("auto", torch.device("cuda"), torch.float32) == "sdpa"
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_flex_is_compiled_on_a_gpu(monkeypatch, is_cuda):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.append((function, how)) or "compiled")
+    assert attention._flex.__wrapped__(is_cuda) == ("compiled" if is_cuda else flex_attention)
+    assert compiled == is_cuda * [(flex_attention, {"dynamic": False})]
+
+
+@pytest.mark.parametrize("name, device, dtype, chosen", [
+    ("auto", "cpu", torch.bfloat16, "sdpa"), ("auto", "cuda", torch.bfloat16, "varlen"), ("auto", "cuda", torch.float32, "sdpa"),
+    ("flex", "cuda", torch.float32, "flex"), ("varlen", "cuda", torch.bfloat16, "varlen"), ("reference", "cpu", torch.float64, "reference"),
+])  # fmt: skip
+def test_auto_is_the_fastest_kernel_that_runs(name, device, dtype, chosen):
+    assert attention.choose_kernel(name, torch.device(device), dtype) == chosen

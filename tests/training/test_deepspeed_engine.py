@@ -79,7 +79,8 @@ def last_stage(name: str) -> bool:
 
 
 @pytest.mark.parametrize("row, trainable", [
-    (TP_PP | {"v": 1}, everything), (ZERO_2, half), (ZERO_3, everything), ({"engine": "deepspeed-zero-1", "pp": 2}, last_stage),
+    (TP_PP | {"v": 1}, everything), (ZERO_2 | {"sp": False}, half), (ZERO_3, everything),
+    ({"engine": "deepspeed-zero-1", "pp": 2}, last_stage),
 ], ids=["TP x PP", "ZeRO-2, half frozen", "ZeRO-3", "a frozen stage"])  # fmt: skip
 def test_two_steps_equal_one_process(row, trainable):
     found = compare(train_under(config(row), 2, trainable), train_under(one_process(config(row)), 2, trainable))
@@ -230,6 +231,31 @@ def test_state_of_half_frozen_weights_under_a_pipeline():
     targets = [config(row | {"engine": engine}) for engine in ENGINES[:2]]
     for found in run_ranks(4, moved_over, targets[1], targets, half):
         check_moved_over(found, ["fsdp-1", "deepspeed-1"], "fp32")
+
+
+def test_loaded_state_goes_on_as_in_the_engine_that_saved_it():
+    row = {"dp": 2, "tied": True}
+    targets = [config(row | {"engine": engine}) for engine in (ENGINES[1], ENGINES[3])]
+    for found in run_ranks(2, moved_over, config(row), targets, half):
+        check_moved_over(found, ["deepspeed-1", "deepspeed-3"], "fp32")
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_adam_gets_the_runs_numbers(monkeypatch, offload):
+    from megatron_llama3.training import deepspeed_engine
+
+    optimizers = []
+    monkeypatch.setattr(deepspeed_engine.deepspeed.ops.adam, "DeepSpeedCPUAdam", lambda *groups, **how: optimizers.append((groups, how)))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **how: optimizers.append((groups, how)))
+    source = config({"engine": "deepspeed-zero-1"})
+    o, source.parallel.optimizer_cpu_offload = source.optimizer, offload
+    o.lr, o.adam_beta1, o.adam_beta2, o.adam_eps = 0.5, 0.6, 0.7, 0.8
+    engine = object.__new__(deepspeed_engine.DeepSpeedEngine)
+    engine.config, engine.trained, engine._decay_groups = source, {"a": 1}, lambda weights: [weights]
+    for ballast, groups in ((None, [{"a": 1}]), ("one number", [{"params": ["one number"], "weight_decay": 0.0}])):
+        engine.ballast = ballast
+        engine._make_adam()
+        assert optimizers.pop() == ((groups,), {"lr": 0.5, "betas": (0.6, 0.7), "eps": 0.8} | ({} if offload else {"fused": True}))
 
 
 def initial_state(source: RunConfig) -> dict[str, Tensor]:

@@ -159,3 +159,92 @@ def test_weights_and_biases_gets_an_offline_run(tmp_path, monkeypatch):
     content = run.read_bytes()
     assert b"two-steps" in content
     assert b"validation_loss" in content
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package; its list of calls."""
+    calls = []
+    run = SimpleNamespace(log=lambda record, step: calls.append(("log", step, record["iteration"])), finish=lambda: calls.append("finish"))
+    module = SimpleNamespace(init=lambda **how: calls.append(how) or run, teardown=lambda: calls.append("teardown"))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+@pytest.mark.parametrize("folder, log_dir, expected", [("w", "l", "w"), (None, "l", "l"), (None, None, ".")])
+def test_what_weights_and_biases_is_told(tmp_path, monkeypatch, wandb, folder, log_dir, expected):
+    monkeypatch.chdir(tmp_path)
+    config = config_for(tmp_path, wandb_project="p", wandb_exp_name="n", wandb_save_dir=folder, log_dir=log_dir)
+    logger = MetricsLogger(config, TrainState())
+    logger.evaluated(TrainState(iteration=3), 2.0)
+    logger.close()
+    how, *calls = wandb
+    assert how.pop("config")["training"]["train_iters"] == 6
+    assert {name: str(value) for name, value in how.items()} == {"project": "p", "name": "n", "dir": expected, "mode": "offline"}
+    assert calls == [("log", 3, 3), "finish", "teardown"], "its own process writes the file, and is waited for"
+
+
+def test_nothing_is_started_that_nobody_asked_for(tmp_path, wandb):
+    logger = MetricsLogger(config_for(tmp_path, log_dir=None), TrainState())
+    logger.evaluated(TrainState(iteration=3), 2.0)
+    logger.close()
+    assert (logger.wandb, logger.tensorboard, logger.bar, logger.path, wandb) == (None, None, None, None, [])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_tensorboards_steps_begin_after_the_checkpoint(tmp_path, monkeypatch):
+    calls = []
+    writer = SimpleNamespace(add_scalar=lambda *what: calls.append(what), close=lambda: calls.append("close"))
+    module = SimpleNamespace(SummaryWriter=lambda folder, purge_step: calls.append((folder, purge_step)) or writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    logger = MetricsLogger(config_for(tmp_path, tensorboard_dir="here"), TrainState(iteration=7))
+    logger.saved(TrainState(iteration=8, consumed_tokens=99), 0.5)
+    logger.close()
+    assert calls == [("here", 8), ("iteration", 8, 8), ("consumed_tokens", 99, 8), ("save_stall_seconds", 0.5, 8), "close"]
+
+
+def test_a_terminal_has_a_bar(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Bar:
+        def __init__(self, **how):
+            how.pop("file")
+            calls.append(how)
+            self.write, self.close = (lambda line: calls.append(line)), (lambda: calls.append("close"))
+            self.update = lambda: calls.append("update")
+            self.set_postfix_str = lambda text, refresh: calls.append((text.split(",")[0], refresh))
+
+    monkeypatch.setattr(metrics, "tqdm", Bar)
+    monkeypatch.setattr(metrics.sys.stdout, "isatty", lambda: True, raising=False)
+    logger = MetricsLogger(config_for(tmp_path), TrainState(iteration=2))
+    for step in (3, 4):
+        logger(TrainState(iteration=step), StepResult(step, 0.5, 1e-3, BATCH, LENGTH), False)
+    logger.evaluated(TrainState(iteration=4), 2.0)
+    logger.close()
+    bar = {"total": 6, "initial": 2, "unit": "step", "dynamic_ncols": True}
+    assert calls == [bar, "update", ("loss 3.5000", False), "update", "iteration 4 | validation loss 2.0000", "close"]
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interval_without_a_good_step_and_the_last_step(tmp_path, monkeypatch, capsys):
+    logger = MetricsLogger(config_for(tmp_path, log_interval=10), TrainState())
+    logger(TrainState(iteration=1), StepResult(float("nan"), float("inf"), 1e-3, BATCH, LENGTH, "the loss is nan"), False)
+    logger(TrainState(iteration=2), StepResult(float("nan"), float("inf"), 1e-3, BATCH, LENGTH, "the loss is nan"), True)
+    logger(TrainState(iteration=3, useful_seconds=4.5), StepResult(2.0, 0.25, 1e-3, BATCH, LENGTH), True)
+    bad, good = map(json.loads, logger.path.read_text().splitlines())
+    assert (bad["iteration"], bad["skipped_steps"], bad.keys() & {"loss", "gradient_norm"}) == (2, 2, set())
+    assert (good["iteration"], good["loss"], good["gradient_norm"], good["useful_seconds"]) == (3, 2.0, 0.25, 4.5)
+    assert "skipped_steps" not in good
+    assert "no loss | no grad norm" in capsys.readouterr().out
+    assert (logger.tokens, logger.steps, logger.losses) == (0, 0, [])
+
+
+@pytest.mark.parametrize("seconds, text", [(0.9, "0:00:00"), (61, "0:01:01"), (3599.9, "0:59:59"), (36_000 + 65, "10:01:05")])
+def test_the_clock(seconds, text):
+    assert metrics._clock(seconds) == text
+
+
+def test_memory_of_a_gpu_is_what_was_allocated_at_most(monkeypatch):
+    monkeypatch.setattr(metrics.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(metrics.torch.cuda, "max_memory_allocated", lambda: 123)
+    assert metrics._memory_bytes() == 123
