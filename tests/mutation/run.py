@@ -1,6 +1,7 @@
 """The mutation score: how many small faults in the source the tests notice. Needs minutes to hours, so no test starts it.
 
     python -m tests.mutation.run --count 300 --seed 1 --results DIR [--part near | default] [--only training/stop] [--share 1/2]
+    python -m tests.mutation.run --results OTHER --survivors-of DIR
     python -m tests.mutation.run --results DIR --report
 
 One process imports what the tests import, but nothing of ours, and forks a child for each mutant and stage, which runs pytest at once in a
@@ -61,6 +62,9 @@ def main() -> None:
     parser.add_argument("--part", choices=MARKS, default="quick", help="tests to run; `default` on what survived `quick`")
     parser.add_argument("--only", default="", help="part of the path of files to mutate")
     parser.add_argument("--share", default="1/1", help="K/N: every N-th mutant from the K-th on, for N runs side by side")
+    parser.add_argument(
+        "--survivors-of", type=Path, help="instead of a sample: what lives in that folder's results, on the code as it is now"
+    )
     parser.add_argument("--report", action="store_true", help="only print what is there")
     arguments = parser.parse_args()
     results = Results(arguments.results)
@@ -68,9 +72,10 @@ def main() -> None:
         share, of = map(int, arguments.share.split("/"))
         paths = [path for path in mutated_files(ROOT) if arguments.only in path]
         mutants = [mutant for path in paths for mutant in mutants_of(path, (ROOT / path).read_text())]
-        drawn = sample(mutants, arguments.count, arguments.seed)[share - 1 :: of]
+        survivors = arguments.survivors_of and Results(arguments.survivors_of).living()
+        drawn = sample(mutants, arguments.count, arguments.seed) if survivors is None else found_again(mutants, survivors)
         with tempfile.TemporaryDirectory(prefix="mut-") as folder:
-            run(Server(Path(folder)), drawn, arguments.part, results)
+            run(Server(Path(folder)), drawn[share - 1 :: of], arguments.part, results)
     print(results.report())
 
 
@@ -79,9 +84,23 @@ def mutated_files(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in paths)
 
 
+def found_again(mutants: list[Mutant], names: list[str]) -> list[Mutant]:
+    """The mutants of these names in code that may have moved by some lines."""
+
+    def without_place(name: str) -> str:
+        return re.sub(r"\n@@ .* @@", "", name)
+
+    by_name = {without_place(name_of(mutant)): mutant for mutant in reversed(mutants)}
+    return [by_name[key] for key in map(without_place, names) if key in by_name]
+
+
+def name_of(mutant: Mutant) -> str:
+    return f"{mutant.path}: {mutant.operator}\n{mutant.diff((ROOT / mutant.path).read_text())}"
+
+
 def run(server: "Server", drawn: list[Mutant], part: str, results: "Results") -> None:
     for mutant in drawn:
-        name = server.name(mutant)
+        name = name_of(mutant)
         if results.is_open(name, part):
             start = time.monotonic()
             kill = server.judge(mutant, part, results.killers(mutant.path)) or {"test": None, "kind": None}
@@ -113,9 +132,16 @@ class Results:
         """Tests that have killed mutants of the same file, the most deadly first."""
         return [test for test, _ in Counter(r["test"] for r in self.records() if r["path"] == path and r["kind"]).most_common(8)]
 
+    def last(self) -> dict[str, dict]:
+        """By mutant; a kill, where there is one."""
+        records = self.records()
+        return {record["mutant"]: record for record in (*records, *(record for record in records if record["kind"]))}
+
+    def living(self) -> list[str]:
+        return [name for name, record in self.last().items() if not record["kind"]]
+
     def report(self) -> str:
-        last = {record["mutant"]: record for record in self.records()}
-        last |= {record["mutant"]: record for record in self.records() if record["kind"]}
+        last = self.last()
         by_package = defaultdict(Counter)
         for record in last.values():
             for package in (Path(record["path"]).parent.name, "all"):
@@ -124,7 +150,7 @@ class Results:
         columns = ["mutants", "killed by quick", *KINDS, "lives"]
         lines = [f"| package | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         lines += [f"| {name} | {' | '.join(str(counts[c]) for c in columns)} |" for name, counts in by_package.items()]
-        return "\n".join([*lines, "", *(name for name, record in last.items() if not record["kind"])])
+        return "\n".join([*lines, "", *self.living()])
 
 
 class Server:
@@ -142,9 +168,6 @@ class Server:
         self.trusted, self.left_out = set(), set()
         _adopt_orphans()
         self._warm_up()
-
-    def name(self, mutant: Mutant) -> str:
-        return f"{mutant.path}: {mutant.operator}\n{mutant.diff((ROOT / mutant.path).read_text())}"
 
     def judge(self, mutant: Mutant, part: str, killers: list[str]) -> dict | None:
         """{test, kind} of a test of the part that fails with the mutant and passes without it, if possible by an assertion; or None."""

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_llama3.parallel.topology import Topology
 from megatron_llama3.planning.local_ranks import RankFailedError
+from tests.mutation import run
 from tests.mutation.mutants import mutants_of, sample
 from tests.mutation.run import ROOT, Results, imported_modules, kind_of_kill, lines_of_ours, mutated_files, reached_modules
 
@@ -118,6 +119,16 @@ def test_a_killed_run_goes_on_and_the_default_part_takes_what_lives(tmp_path, ca
         "| package | mutants | killed by quick | assertion | exception | crash | time-out | lives |", "|---" * 8 + "|",
         "| model | 4 | 2 | 1 | 1 | 0 | 1 | 1 |", "| all | 4 | 2 | 1 | 1 | 0 | 1 | 1 |", "", "b",
     ]  # fmt: skip
+
+
+def test_survivors_are_found_again_where_lines_have_moved(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    source = "a = 1\nb = 1\n"
+    (tmp_path / "a.py").write_text(source)
+    before = [run.name_of(mutant) for mutant in mutants_of("a.py", source)]
+    (tmp_path / "a.py").write_text("\n\n" + source.replace("b", "c"))
+    now = mutants_of("a.py", (tmp_path / "a.py").read_text())
+    assert [(mutant.line, mutant.text) for mutant in run.found_again(now, before)] == [(3, "0"), (3, "2")]
 
 
 def test_modules_that_a_test_reaches_by_its_imports_and_theirs():
