@@ -62,9 +62,7 @@ def main() -> None:
     parser.add_argument("--part", choices=MARKS, default="quick", help="tests to run; `default` on what survived `quick`")
     parser.add_argument("--only", default="", help="part of the path of files to mutate")
     parser.add_argument("--share", default="1/1", help="K/N: every N-th mutant from the K-th on, for N runs side by side")
-    parser.add_argument(
-        "--survivors-of", type=Path, help="instead of a sample: what lives in that folder's results, on the code as it is now"
-    )
+    parser.add_argument("--survivors-of", type=Path, help="instead of a sample: what lives in that folder, on the code as it is")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     arguments = parser.parse_args()
     results = Results(arguments.results)
