@@ -88,10 +88,11 @@ def test_what_may_differ_from_the_checkpoint(data, tmp_path):
             run(f"{resume} {change}")
     run(f"{resume} --lr 2e-3 --override-opt-param-scheduler --seq-length 8 --override-data")
     assert latest(first) == "3"
-    second = tmp_path / "second"
+    second, untrained = tmp_path / "second", tmp_path / "untrained"
     run(f"{MODEL} --data-path {data} --save {second} --load {first} --finetune --train-iters 1 --seq-length 8")
     assert latest(second) == "1"
-    assert metrics(second)[1] < metrics(first)[1]  # it starts from trained weights
+    run(f"{MODEL} --data-path {data} --log-dir {untrained} --train-iters 1 --seq-length 8")
+    assert metrics(second)[1] < metrics(untrained)[1]  # it starts from trained weights, with the first data
 
 
 def test_load_from_an_empty_folder(data, tmp_path):
