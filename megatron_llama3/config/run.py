@@ -122,6 +122,7 @@ class CheckpointConfig:
 class LoggingConfig:
     log_interval: int = option(1, "Steps between log lines.")
     log_dir: str | None = option(None, "Folder of metrics.jsonl and events.jsonl; default the save folder.")
+    layer_norms_interval: int | None = option(None, "Steps between metrics with the gradient norm of each layer; unset, there are none.")
     log_straggler: bool = option(False, "Measure each rank's own work and name ranks that are slow.")
     straggler_interval: int = option(50, "With --log-straggler: steps between comparisons of all ranks.", needs="log_straggler")
     straggler_factor: float = option(1.3, "With --log-straggler: how many times the median of all ranks is slow.", needs="log_straggler")

@@ -25,6 +25,11 @@ from megatron_llama3.training.objectives import Objective
 Trainable = Callable[[str], bool]
 
 
+def part_of(name: str) -> str:
+    """Of a weight's name: "layers.3" of "layers.3.attention.wq.weight", "output" of "output.weight"."""
+    return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
+
+
 class Engine(ABC):
     """One rank of a run. Weights for which `trainable(name)` is False are frozen."""
 
@@ -91,6 +96,19 @@ class Engine(ABC):
         if gradients and 0 < max_norm < norm:
             torch._foreach_mul_(list(gradients.values()), max_norm / norm)
         return norm
+
+    @torch.no_grad()
+    def layer_gradient_norms(self) -> dict[str, float]:
+        """Before clipping: "layers.0", ..., "tok_embeddings", "norm", "output" -> the norm of that part's gradient, the same on every rank;
+        0 where all is frozen. Their squares add up to that of the global norm. One reduction."""
+        parts = list(dict.fromkeys(map(part_of, self.specs)))
+        squares = torch.zeros(len(parts), dtype=torch.float64, device=self.groups.device)
+        counted = {name: g for name, g in self.owned_gradients().items() if g.numel() and self.counts_in_norm(name)}
+        if counted:
+            found = torch.stack(torch._foreach_norm(list(counted.values()))).double().square().to(squares.device)
+            squares.index_add_(0, torch.tensor([parts.index(part_of(name)) for name in counted], device=squares.device), found)
+        dist.all_reduce(squares)
+        return dict(zip(parts, squares.sqrt().tolist(), strict=True))
 
     @abstractmethod
     def optimizer_step(self, lr: float) -> None:

@@ -51,6 +51,9 @@ class MetricsLogger:
             self.losses.append(result.loss)
         else:
             self.print_line(f"iteration {state.iteration} | step skipped, {state.skipped_in_a_row} in a row: {result.skipped}")
+        if result.layer_gradient_norms is not None:
+            norms = {f"gradient_norm/{part}": norm for part, norm in result.layer_gradient_norms.items()}
+            self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens} | norms)
         if state.iteration % self.config.logging.log_interval == 0 or is_last:
             self._write(state, result)
         if self.bar is not None:

@@ -22,6 +22,8 @@ class StepResult(NamedTuple):
     seq_length: int
     skipped: str | None = None
     """why the weights were left as they were, if they were"""
+    layer_gradient_norms: dict[str, float] | None = None
+    """before clipping, where --layer-norms-interval asks for them"""
 
 
 def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config: RunConfig, objective: Objective) -> StepResult:
@@ -36,6 +38,8 @@ def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config
     lr = next_learning_rate(config, state, global_batch_size)
     means = engine.forward_backward(batch, objective)
     loss = means["loss"]
+    every = config.logging.layer_norms_interval
+    layer_norms = engine.layer_gradient_norms() if every is not None and (state.iteration + 1) % every == 0 else None
     norm = engine.clip_gradients(config.optimizer.clip_grad)
     # A bad step changes no weight, no moment and no schedule; the data moves on.
     skipped = reason_to_skip(means, norm, state, config.training)
@@ -48,4 +52,4 @@ def train_step(engine: Engine, stream: TrainingStream, state: TrainState, config
     state.consumed_samples += global_batch_size
     state.consumed_tokens += global_batch_size * seq_length
     state.lost_samples += global_batch_size * (skipped is not None)
-    return StepResult(loss, norm, lr, global_batch_size, seq_length, skipped)
+    return StepResult(loss, norm, lr, global_batch_size, seq_length, skipped, layer_norms)

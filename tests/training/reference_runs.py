@@ -1,7 +1,9 @@
 """One run twice, by the command line and by the plain reference, and how far the two lie apart."""
 
 import json
+import re
 import warnings
+from collections import defaultdict
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -59,20 +61,34 @@ MOMENTS = ("optimizer.exp_avg", "optimizer.exp_avg_sq")
 
 
 class Run(NamedTuple):
-    """Losses, gradient norms and rates of each step; weights and Adam's moments after the last, by the names of a checkpoint."""
+    """Losses, gradient norms and rates of each step, of each second one also the norms of the parts (embedding, layers, ...); weights and
+    Adam's moments after the last, by the names of a checkpoint."""
 
     losses: list[float]
     norms: list[float]
     rates: list[float]
+    parts: dict[str, list[float]]
     tensors: dict[str, Tensor]
 
 
 def run_reference(settings: Settings, data: list[str]) -> Run:
     trainer = Trainer(settings)
     corpora = [Corpus(prefix, SHARE, settings.seed, max(length for _, length in LENGTH_RAMP)) for prefix in data]
-    losses, norms, rates = zip(*map(trainer.step, islice(batches(corpora, WEIGHTS, BATCH_RAMP, LENGTH_RAMP, settings), STEPS)))
+    steps, parts = [], defaultdict(list)
+    for number, batch in enumerate(islice(batches(corpora, WEIGHTS, BATCH_RAMP, LENGTH_RAMP, settings), STEPS), 1):
+        steps.append(trainer.step(batch))
+        for part, norm in _norms_of_parts(trainer.gradients).items() if number % 2 == 0 else ():
+            parts[part].append(norm)
+    losses, norms, rates = zip(*steps)
     kinds = {"model": trainer.weights, "optimizer.exp_avg": trainer.first, "optimizer.exp_avg_sq": trainer.second}
-    return Run(losses, norms, rates, {f"{kind}.{name}": t for kind, tensors in kinds.items() for name, t in tensors.items()})
+    return Run(losses, norms, rates, parts, {f"{kind}.{name}": t for kind, tensors in kinds.items() for name, t in tensors.items()})
+
+
+def _norms_of_parts(gradients: dict[str, Tensor]) -> dict[str, float]:
+    squares: dict[str, float] = defaultdict(float)
+    for name, gradient in gradients.items():
+        squares[re.match(r"layers\.\d+|\w+", name)[0]] += float(gradient.square().sum())
+    return {part: square**0.5 for part, square in squares.items()}
 
 
 def flags_of(settings: Settings, data: list[str]) -> list[str]:
@@ -84,19 +100,24 @@ def flags_of(settings: Settings, data: list[str]) -> list[str]:
         flags += [flag, " ".join(f"{tokens}:{value}" for tokens, value in ramp)]
     for weight, prefix in zip(WEIGHTS, data):
         flags += [*(["--data-path"] if prefix is data[0] else []), str(weight), prefix]
-    return [*flags, "--split", "9,1,0", "--eval-iters", "0", "--train-iters", str(STEPS), "--micro-batch-size", "2"]
+    flags += ["--layer-norms-interval", "2", "--split", "9,1,0", "--eval-iters", "0"]
+    return [*flags, "--train-iters", str(STEPS), "--micro-batch-size", "2"]
 
 
 def run_command_line(settings: Settings, data: list[str], folder: Path, layout: str, ranks: int, before=lambda: None) -> Run:
     run_ranks(ranks, _rank, [*flags_of(settings, data), *layout.split(), "--save", str(folder)], before)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    parts = {key.removeprefix("gradient_norm/"): [] for r in records for key in r if key.startswith("gradient_norm/")}
+    for record in records:
+        for part in parts if "gradient_norm/norm" in record else ():
+            parts[part].append(record[f"gradient_norm/{part}"])
     records = [r for r in records if "loss" in r]
     shapes = {name: tuple(w.shape) for name, w in initial_weights(settings).items()}
     dtype = torch.float64 if "--fp64" in layout else torch.float32
     tensors = {f"{kind}.{name}": torch.empty(shape, dtype=dtype) for kind in ("model", *MOMENTS) for name, shape in shapes.items()}
     with warnings.catch_warnings(action="ignore"):  # that there is one process
         dcp.load(tensors, checkpoint_id=folder / f"iter_{STEPS:07}", no_dist=True)
-    return Run(*([r[key] for r in records] for key in ("loss", "gradient_norm", "lr")), tensors)
+    return Run(*([r[key] for r in records] for key in ("loss", "gradient_norm", "lr")), parts, tensors)
 
 
 def _rank(flags: list[str], before) -> None:
@@ -110,6 +131,9 @@ def deviations(found: Run, expected: Run) -> dict[str, float]:
     for kind in ("losses", "norms", "rates"):
         ours, theirs = (np.array(getattr(run, kind)) for run in (found, expected))
         result[kind] = float(np.max(np.abs(ours - theirs) / theirs))
+    assert found.parts.keys() == expected.parts.keys()
+    apart = [np.array(found.parts[part]) / np.array(norms) - 1 for part, norms in expected.parts.items()]
+    result["parts"] = float(np.max(np.abs(apart)))
     for kind in ("model", *MOMENTS):
         names = [name for name in expected.tensors if name.startswith(f"{kind}.")]
         result[kind] = max(relative_error(found.tensors[name], expected.tensors[name]) for name in names)

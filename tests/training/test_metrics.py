@@ -247,3 +247,13 @@ def test_memory_of_a_gpu_is_what_was_allocated_at_most(monkeypatch):
     monkeypatch.setattr(metrics.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(metrics.torch.cuda, "max_memory_allocated", lambda: 123)
     assert metrics._memory_bytes() == 123
+
+
+def test_norms_of_layers_are_a_record_of_their_own(tmp_path):
+    logger = MetricsLogger(config_for(tmp_path), TrainState())
+    result = StepResult(5.0, 0.5, 1e-3, BATCH, LENGTH, None, {"layers.0": 0.3, "norm": 0.4})
+    logger(TrainState(iteration=1, consumed_tokens=128), result, False)  # no step of --log-interval
+    logger.close()
+    (record,) = map(json.loads, logger.path.read_text().splitlines())
+    del record["time"]
+    assert record == {"iteration": 1, "consumed_tokens": 128, "gradient_norm/layers.0": 0.3, "gradient_norm/norm": 0.4}
