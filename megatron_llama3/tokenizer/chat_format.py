@@ -7,17 +7,16 @@ the published Hugging Face chat template of Llama 3.1 does. Content is always pl
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.tokenizer.llama3 import Tokenizer
-from megatron_llama3.tokenizer.tool_calls import read_name_and_arguments
+from megatron_llama3.tokenizer.tool_calls import QUERY_TOOLS, ToolCall, read_tool_calls
 
 ROLES = ("system", "user", "assistant", "ipython")
 CODE_INTERPRETER = "code_interpreter"
-QUERY_TOOLS = ("brave_search", "wolfram_alpha", "photogen")
 ToolFormat = Literal["json", "function_tag", "python_list"]
 
 # What an exported model's tokenizer_config.json carries: plain dialogs, as `ChatFormat.encode_dialog` has them.
@@ -27,14 +26,6 @@ CHAT_TEMPLATE = (
     "{{ message['content'] }}{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call that the assistant makes. Built-in tools take {"query": ...}, the code interpreter {"code": ...}."""
-
-    name: str
-    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,8 +78,11 @@ class ChatFormat:
             ids += self.encode_message(message)
         return ids + self.encode_header("assistant") if generation_prompt else ids
 
-    def decode_reply(self, ids: Sequence[int]) -> Message:
-        """The assistant's message in generated ids, which may begin with its header and end with an end token."""
+    def decode_reply(self, ids: Sequence[int], tools: Collection[str] | None = None) -> Message:
+        """The assistant's message in generated ids, which may begin with its header and end with an end token.
+
+        tools: the names that it may call; None allows any. What is no call stays content; after <|python_tag|> it is code.
+        """
         ids, header = list(ids), self.encode_header("assistant")
         if ids[: len(header)] == header:
             ids = ids[len(header) :]
@@ -97,12 +91,10 @@ class ChatFormat:
         tagged = bool(ids) and ids[0] == self.tokenizer.python_tag_id
         content = self.tokenizer.decode(ids[tagged:])
         end_of_message = end == self.tokenizer.eom_id
-        found = read_name_and_arguments(content)
-        if found is None and tagged:
-            found = CODE_INTERPRETER, {"code": content}
-        if found is None:
-            return Message("assistant", content, end_of_message=end_of_message)
-        return Message("assistant", "", (ToolCall(*found),), end_of_message, tagged and found[0] != CODE_INTERPRETER)
+        text, calls = read_tool_calls(content, tools)
+        if not calls and tagged:
+            return Message("assistant", "", (ToolCall(CODE_INTERPRETER, {"code": content}),), end_of_message)
+        return Message("assistant", text, tuple(calls), end_of_message, tagged)
 
 
 def write_tool_call(call: ToolCall, tool_format: ToolFormat = "json") -> str:

@@ -74,12 +74,21 @@ def test_content_cannot_forge_a_turn():
     Message("assistant", "", (SEARCH,), end_of_message=True, python_tag=True),
     Message("assistant", "", (CODE,), end_of_message=True),
     Message("assistant", "", (CUSTOM,)),
+    Message("assistant", "Let me look. ", (CUSTOM, CUSTOM)),
 ])  # fmt: skip
 def test_replies_are_read_back(reply):
     chat = ChatFormat(meta_vocabulary())
     assert chat.decode_reply(chat.encode_message(reply)) == reply
     header = len(chat.encode_header("assistant"))
     assert chat.decode_reply(chat.encode_message(reply)[header:]) == reply
+
+
+def test_only_the_tools_at_hand_are_called_and_what_follows_a_python_tag_is_code_otherwise():
+    chat = ChatFormat(meta_vocabulary())
+    text = write_tool_call(CUSTOM)
+    assert chat.decode_reply(chat.encode_message(Message("assistant", text)), tools=["weather"]) == Message("assistant", text)
+    tagged = chat.encode_message(Message("assistant", text, python_tag=True))
+    assert chat.decode_reply(tagged, tools=["weather"]).tool_calls == (ToolCall("code_interpreter", {"code": text}),)
 
 
 @pytest.mark.parametrize("tool_format", ["json", "function_tag", "python_list"])
