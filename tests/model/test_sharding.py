@@ -72,6 +72,15 @@ def test_random_values_of_a_weight_of_any_rank():
         assert initial_weight("w", spec, 5).std() == pytest.approx(0.02, rel=0.2)
 
 
+def test_a_seed_keeps_its_values_drawn_by_blocks_of_a_million_numbers():
+    expected = []
+    for top, rows in ((0, 2), (2, 2), (4, 1)):
+        digest = hashlib.blake2b(f"w/7/{top}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") // 2)
+        expected.append(torch.randn(rows, 2**19, generator=generator) * 0.5)
+    assert torch.equal(initial_weight("w", WeightSpec((5, 2**19), 0, initial=0.5), 7), torch.cat(expected))
+
+
 def test_constant_weights():
     norm = WeightSpec((4, 3), 1, initial="zeros")
     assert torch.equal(initial_weight("w", norm, 5, 3, 1), torch.zeros(4, 1))

@@ -19,6 +19,7 @@ from megatron_llama3.training.build import build_engine
 from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.objectives import NextToken
 from tests.training.layouts import AXES, Row, config_of
+from tests.training.test_fsdp2_engine import skip_and_step
 
 PLAIN: Row = {axis: values[0] for axis, values in AXES.items()} | {"kv_heads": 3}
 TP_PP: Row = {"engine": "deepspeed-zero-1", "tp": 2, "sp": True, "pp": 2, "v": 2, "tied": True, "kv_heads": 1}
@@ -256,6 +257,17 @@ def test_adam_gets_the_runs_numbers(monkeypatch, offload):
         engine.ballast = ballast
         engine._make_adam()
         assert optimizers.pop() == ((groups,), {"lr": 0.5, "betas": (0.6, 0.7), "eps": 0.8} | ({} if offload else {"fused": True}))
+
+
+def _skip_and_step(configs: list[RunConfig]) -> None:
+    groups = initialize_groups(configs[0].parallel)
+    for source in configs:
+        engine = skip_and_step(source, groups, half)
+        assert {group["lr"] for group in engine.deepspeed.optimizer.param_groups} == {1e-3}
+
+
+def test_a_skipped_step_leaves_no_trace():
+    run_ranks(2, _skip_and_step, [config({"engine": engine, "dp": 2, "tied": True}) for engine in ENGINES[1:]])
 
 
 def initial_state(source: RunConfig) -> dict[str, Tensor]:

@@ -1,12 +1,17 @@
-"""When the FSDP2 engine gathers weights."""
+"""When the FSDP2 engine gathers weights, what a skipped step and a loaded state leave, and the dtypes of bf16 training."""
 
+import pytest
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_llama3.config.run import RunConfig
-from megatron_llama3.parallel.groups import initialize_groups
+from megatron_llama3.parallel.groups import ParallelGroups, initialize_groups
+from megatron_llama3.parallel.tensor_parallel import local_part
 from megatron_llama3.planning.equivalence import synthetic_batch
 from megatron_llama3.planning.local_ranks import run_ranks
 from megatron_llama3.training.build import build_engine
+from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.objectives import NextToken
 from tests.training.layouts import config_of
 from tests.training.test_equivalence import PLAIN
@@ -47,3 +52,74 @@ def test_the_next_chunk_is_gathered_beside_the_forwards_of_this_one():
     first, *_, last = run_ranks(4, _order_of_a_step, config)
     assert first == ["gather", "gather", 0, "gather", 0, 0, 2, 2, 2]
     assert last == ["gather", 1, "gather", "gather", 1, 1, 3, 3, 3]
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    return {key: local_part(tensor).detach().clone() for key, tensor in engine.state_tensors().items()}
+
+
+def skip_and_step(config: RunConfig, groups: ParallelGroups, trainable=lambda name: True) -> Engine:
+    """A skipped step leaves weights, moments and no gradient; the next one is the first. Then a step that counts."""
+    engine = build_engine(config, groups, trainable)
+    whole, before = lambda step: synthetic_batch(config, step, groups.at.dp, groups.topology.dp), state_of(engine)
+    engine.forward_backward(whole(0), NextToken())
+    engine.clip_gradients(config.optimizer.clip_grad)
+    engine.skip_step()
+    after = state_of(engine)
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    norms = []
+    for _ in range(2):  # of a gradient that was not dropped, the second would be another
+        engine.forward_backward(whole(2), NextToken())
+        norms.append(engine.clip_gradients(0.0))
+        engine.skip_step()
+    assert norms[0] == norms[1] > 0
+    engine.forward_backward(whole(2), NextToken())
+    assert engine.clip_gradients(config.optimizer.clip_grad) == norms[0]
+    engine.optimizer_step(1e-3)
+    after = state_of(engine)
+    trained = [key for key in before if trainable(key.removeprefix("model.") if key.startswith("model.") else key.split(".", 2)[2])]
+    assert sorted(key for key in before if not torch.equal(before[key], after[key])) == sorted(trained)
+    assert set(engine.state_tensors(with_optimizer=False)) == {key for key in before if key.startswith("model.")}
+    return engine
+
+
+def _all_of_it(config: RunConfig) -> None:
+    groups = initialize_groups(config.parallel)
+    engine = skip_and_step(config, groups)
+    assert all(parameter.grad is None for _, parameter in engine.named_weights())
+    assert {group["lr"] for group in engine.optimizer.param_groups} == {1e-3}
+    steps = lambda: {state["step"].item() for state in engine.optimizer.state.values()}  # noqa: E731
+    assert steps() == {1.0}
+    engine.state_loaded(7)
+    assert steps() == {7.0}
+    engine.state_loaded(9, with_optimizer=False)
+    assert steps() == {7.0}
+    frozen = build_engine(config, groups, lambda name: False)
+    assert frozen.optimizer is None
+    frozen.optimizer_step(1e-3)
+    frozen.state_loaded(7)
+    assert frozen.owned_gradients() == {}
+    assert set(frozen.state_tensors()) == {f"model.{name}" for name, _ in frozen.named_weights()}
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_skipped_steps_and_loaded_states(dp):
+    run_ranks(dp, _all_of_it, config_of({**PLAIN, "dp": dp, "tied": True}))
+
+
+def _gradients_in_bf16(config: RunConfig) -> dict[str, Tensor]:
+    groups = initialize_groups(config.parallel)
+    engine = build_engine(config, groups)
+    engine.forward_backward(synthetic_batch(config, 0, groups.at.dp, groups.topology.dp), NextToken())
+    found = {name: engine.gradient_of(name) for name, _ in engine.named_weights()}
+    return {name: (g.full_tensor() if hasattr(g, "full_tensor") else g).detach().clone() for name, g in found.items()}
+
+
+def test_bf16_gradients_are_added_up_and_reduced_in_float32():
+    (exact,) = run_ranks(1, _gradients_in_bf16, config_of(PLAIN, "fp32"))
+    for layout in ({"dp": 2}, {}):
+        for found in run_ranks(layout.get("dp", 1), _gradients_in_bf16, config_of(PLAIN | layout, "bf16")):
+            for name, gradient in found.items():
+                assert gradient.dtype == torch.float32
+                assert (gradient != gradient.bfloat16()).float().mean() > 0.2, f"{name}: rounded to bf16"
+                assert (gradient - exact[name]).norm() <= 0.1 * exact[name].norm(), name

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -368,6 +369,7 @@ def test_a_call_that_fails_or_takes_too_long_has_no_result():
 
     release = threading.Event()
     assert _in_thread(lambda: "answer", 60.0) == "answer"
+    assert _in_thread(lambda: time.sleep(0.1) or "late", 60.0) == "late"
     assert _in_thread(lambda: fails(RuntimeError("gone")), 60.0) is None
     assert _in_thread(lambda: fails(OSError(28, "full")), 60.0) is None
     assert _in_thread(lambda: release.wait(60.0), 0.01) is None
