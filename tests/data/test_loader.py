@@ -312,5 +312,5 @@ def test_bad_data_flags_are_one_line(data, message):
 def test_a_plan_is_of_whole_numbers(datasets):
     stream = make_stream(datasets, {"a": 2, "b": 1})
     for _ in range(2):
-        sources, positions = stream.plan_batch(6, 5)
+        sources, positions, *_ = stream.plan_batch(6, 5)
         assert (sources.dtype, positions.dtype, sources.shape, positions.shape) == (np.int64, np.int64, (6,), (6,))
