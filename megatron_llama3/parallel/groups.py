@@ -58,8 +58,6 @@ def initialize_groups(config: ParallelConfig, timeout_minutes: float = 10.0) -> 
     fake backend).
     """
     device = _this_device()
-    # Ranks of gloo connect when they first talk; else each group, of which three hold all ranks, makes a full mesh at once.
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         # gloo beside NCCL: object collectives and asynchronous saves need a CPU backend in a GPU job too.

@@ -1,6 +1,5 @@
 """How a rank joins a job and what its groups are asked for, by fakes; that the groups are right is in test_topology.py."""
 
-import os
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -128,20 +127,3 @@ def test_what_rank_0_says():
     first, second = run_ranks(2, _answers)
     assert first == [{"asked": 1}, {"asked": 2}, "not today", 3, False]
     assert second == [{"asked": 1}, None, "not today", 0, False]
-
-
-def _sockets_after_talking() -> int:
-    groups = initialize_groups(ParallelConfig(world_size=dist.get_world_size(), tensor_model_parallel_size=2))
-    dist.barrier(groups.control)
-    for group in (groups.control, groups.saving):
-        dist.all_reduce(torch.ones(1), group=group)
-        dist.all_gather_object([None] * groups.topology.world_size, "host", group=group)
-        dist.broadcast_object_list(["answer"], src=0, group=group)
-    links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
-    return sum(os.readlink(link).startswith("socket:") for link in links if os.path.islink(link))
-
-
-@pytest.mark.slow
-def test_a_rank_of_a_larger_job_has_hardly_more_sockets():
-    few, many = (max(run_ranks(ranks, _sockets_after_talking)) for ranks in (4, 16))
-    assert many <= few + 12, "a mesh of each group would be 12 more for each of the three groups that hold all ranks, and 33 for the others"
