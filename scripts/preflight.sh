@@ -12,6 +12,9 @@ export MODULE=tools.preflight
 
 check() { if (($# == 0)); then bash "$root/scripts/launch.sh"; else bash "$@"; fi; }
 
+case "${1:-}" in
+    --help | -h) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+esac
 if [[ -n ${RANK:-} ]]; then
     check "$@"
     exit

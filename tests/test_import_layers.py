@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_llama3"
 ORDER = [
-    *["config", "parallel", "model", "multimodal", "tokenizer", "data", "curation"],
-    *["training", "checkpoint", "inference", "posttraining", "evaluation", "planning", "recipes"],
+    *["config", "parallel", "model", "tokenizer", "data", "curation"],
+    *["training", "checkpoint", "inference", "planning", "recipes"],
 ]
 FAST = ["config.command_line", "planning.estimate", "recipes.pretrain", "tokenizer.llama3", "data.loader", "data.preprocess"]
 
@@ -24,6 +24,10 @@ def imported_modules(path: Path) -> list[str]:
             assert node.level == 0, f"{path}: relative import in line {node.lineno}"
             modules.append(node.module)
     return modules
+
+
+def test_the_order_is_of_the_packages_that_there_are():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/**/*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))

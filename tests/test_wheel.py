@@ -35,6 +35,13 @@ def test_every_tool_has_a_command():
     assert {f"megatron_llama3_tools.{tool}:command" for tool in tools} <= set(COMMANDS.values())
 
 
+def test_examples_that_help_shows_keep_their_lines():
+    """A backslash at the end of a line of an ordinary string joins it to the next."""
+    for path in (ROOT / "tools").glob("[!_]*.py"):
+        shown = ast.get_docstring(ast.parse(path.read_text()), clean=False)
+        assert max(map(len, shown.splitlines())) <= 140, path
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy: setuptools leaves its files beside what it builds."""

@@ -37,7 +37,7 @@ def main() -> None:
         from megatron_llama3.curation.report import report_html, report_text
         from megatron_llama3.curation.storage.files import whole_file
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'megatron-llama3[curation]'") from None
+        raise UserError(f"{error.name} is not installed: pip install '.[curation]' in the project's folder") from None
 
     pipeline = load_pipeline(flags.pipeline)
     options = ExecutorOptions(flags.executor, flags.tasks, flags.workers or flags.tasks)

@@ -1,6 +1,6 @@
 """Turns text into Megatron's indexed datasets: tokenised, resumable, as fast as the disk.
 
-    python tools/preprocess_data.py --input corpus/*.jsonl.zst --output-prefix data/corpus \
+    python tools/preprocess_data.py --input corpus/*.jsonl.zst --output-prefix data/corpus \\
         --tokenizer-model tokenizer.model --append-eod --workers 16
 
 writes data/corpus_text_document.{bin,idx}, as Megatron-LM's tool of this name does, with a sidecar of checksums and origins beside them.

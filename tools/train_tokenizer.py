@@ -4,7 +4,8 @@
     python tools/train_tokenizer.py --input other_languages/ --extend tokenizer.model --add 28000 --output tokenizer/
     python tools/train_tokenizer.py ... --report english=en.txt german=de.txt
 
-Writes tokenizer.model (tiktoken form) and tokenizer.json with tokenizer_config.json (Hugging Face form), and prints characters per token.
+Writes tokenizer.model (tiktoken form) and tokenizer.json with tokenizer_config.json (Hugging Face form); with --report, prints characters
+per token.
 """
 
 import argparse
@@ -47,6 +48,8 @@ def main() -> None:
     tokenizer = extend(base, texts, flags.add) if base else train(texts, flags.vocab_size)
     tokenizer.save(flags.output)
     print(f"{flags.output}: {tokenizer.vocab_size} entries ({tokenizer.n_bpe} BPE tokens, 256 special tokens)")
+    if not flags.report:
+        return
     columns: dict[str, Tokenizer] = ({"base": base} if base else {}) | {"trained": tokenizer}
     print(f"{'characters per token':<24}" + "".join(f"{name:>10}" for name in columns))
     for name, path in map(_named_path, flags.report):

@@ -400,11 +400,11 @@ def missing_inputs(config: "RunConfig") -> Iterator[str]:
     if data.tokenizer_model is not None and not os.path.exists(data.tokenizer_model):
         yield f"--tokenizer-model {data.tokenizer_model}: no such file or folder"
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
-        yield f"--wandb-project {config.logging.wandb_project}: wandb is not installed: pip install megatron-llama3[wandb]"
+        yield f"--wandb-project {config.logging.wandb_project}: wandb is not installed: pip install wandb"
     if config.logging.tensorboard_dir is not None and find_spec("tensorboard") is None:
         yield f"--tensorboard-dir {config.logging.tensorboard_dir}: tensorboard is not installed: pip install tensorboard"
     if config.parallel.engine == "deepspeed" and find_spec("deepspeed") is None:
-        yield "--engine deepspeed: it is not installed: pip install megatron-llama3[deepspeed]"
+        yield "--engine deepspeed: it is not installed: pip install deepspeed"
     yield from _checkpoint(config)
 
 

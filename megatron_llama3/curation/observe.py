@@ -34,11 +34,13 @@ class Tally:
     documents_out: int = 0
     characters_out: int = 0
     changed: int = 0
+    characters_removed: int = 0  # out of documents that go on: markup, lines, personal data; less what was added
     reasons: dict[str, int] = field(default_factory=dict)
     samples: dict[str, list[list]] = field(default_factory=dict)  # reason, "changed", "kept" -> [checksum, id, text before, text after]
     kinds: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # "language", "domain" -> value -> [documents, characters] out
     score: str = ""  # the metadata entry by which the block judges
     score_width: float = 0.0
+    threshold: float | None = None  # of the score, where one number divides what is kept from what is dropped
     scores: dict[str, list[int]] = field(default_factory=dict)  # floor(score / score_width) -> [kept, dropped]
     notes: list[str] = field(default_factory=list)  # what the block has to say, the same in every task
 
@@ -55,6 +57,7 @@ class Tally:
                 self._count_kind(kind, str(document.metadata[kind]), len(document.text))
         if before is not None and before != document.text:
             self.changed += 1
+            self.characters_removed += len(before) - len(document.text)
             self._sample("changed", document.id, before, document.text)
         else:
             self._sample("kept", document.id, document.text, "")
@@ -88,12 +91,12 @@ class Tally:
             del kept[SAMPLES:]
 
     def add(self, other: "Tally") -> None:
-        for name in ("documents_in", "characters_in", "documents_out", "characters_out", "changed"):
+        for name in ("documents_in", "characters_in", "documents_out", "characters_out", "changed", "characters_removed"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.reasons = dict(Counter(self.reasons) + Counter(other.reasons))
         for reason, samples in other.samples.items():
             self.samples[reason] = sorted(self.samples.get(reason, []) + samples)[:SAMPLES]
-        self.score, self.score_width = other.score, other.score_width
+        self.score, self.score_width, self.threshold = other.score, other.score_width, other.threshold
         for mine, others in ((self.scores, other.scores), *((self.kinds.setdefault(kind, {}), other.kinds[kind]) for kind in other.kinds)):
             for name, counts in others.items():
                 mine[name] = [a + b for a, b in zip(mine.get(name, [0, 0]), counts)]
@@ -131,7 +134,8 @@ class Observed(PipelineStep):
     def __init__(self, name: str, block: PipelineStep):
         super().__init__()
         score, width = getattr(block, "score", ("", 0.0))  # a block that has one names it: (metadata entry, width of a bar in the report)
-        self.name, self.block, self.tally = name, block, Tally(name, score=score, score_width=width)
+        threshold = getattr(block, "score_threshold", None)
+        self.name, self.block, self.tally = name, block, Tally(name, score=score, score_width=width, threshold=threshold)
         if isinstance(block, BaseFilter) and block.exclusion_writer is None:
             block.exclusion_writer = _Reasons()
 

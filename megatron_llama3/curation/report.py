@@ -23,7 +23,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--box); pa
   font-size: .82rem; max-height: 22rem; overflow-y: auto }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem } .id { font: .82rem monospace; color: var(--soft); margin-top: .5rem;
   overflow-wrap: anywhere }
-.scores { display: flex; align-items: flex-end; height: 7rem; gap: 1px; border-bottom: 1px solid var(--line); max-width: 44rem }
+.threshold { position: absolute; top: 0; bottom: 0; border-left: 2px dashed var(--ink) }
+.scores { position: relative; display: flex; align-items: flex-end; height: 7rem; gap: 1px; border-bottom: 1px solid var(--line);
+  max-width: 44rem }
 .scores div { flex: 1; display: flex; flex-direction: column; justify-content: flex-end; height: 100% }
 .scores i { display: block; background: var(--kept) } .scores i.out { background: var(--lost) }
 .axis { display: flex; justify-content: space-between; max-width: 44rem }
@@ -53,10 +55,15 @@ def report_text(rows: list[Tally]) -> str:
 def report_html(rows: list[Tally], title: str, pipeline: str = "") -> str:
     """A page without anything outside it. pipeline: the YAML. All texts are escaped: they come from the open web."""
     first, last = rows[0], rows[-1]
+    removed = sum(row.characters_removed for row in rows)
+    dropped = first.characters_in - last.characters_out - removed
+    shares = (100 * part / max(first.characters_in, 1) for part in (last.characters_out, removed, dropped))
     note = (
         f"{first.documents_in:,} records in; {last.documents_out:,} documents with {last.characters_out:,} characters out "
-        f"({100 * last.documents_out / max(first.documents_in, 1):.1f}% of the documents, "
-        f"{100 * last.characters_out / max(first.characters_in, 1):.1f}% of the characters)"
+        f"({100 * last.documents_out / max(first.documents_in, 1):.1f}% of the documents). Of the characters that came in, "
+        "{:.1f}% are left, {:.1f}% were removed inside documents (markup, lines) and {:.1f}% went with documents that were dropped".format(
+            *shares
+        )
     )
     yaml = f"<details><summary>the pipeline</summary><pre>{escape(pipeline)}</pre></details>" if pipeline else ""
     sections = "".join(_section(row, number) for number, row in enumerate(rows))
@@ -175,9 +182,14 @@ def _scores(row: Tally) -> str:
         )
         columns.append(f'<div title="{title}">{pieces}</div>')
     ends = low * row.score_width, (low + len(bars) * step) * row.score_width
+    line = ""
+    if row.threshold is not None and ends[0] <= row.threshold <= ends[1]:
+        place = 100 * (row.threshold - ends[0]) / (ends[1] - ends[0])
+        line = f'<b class="threshold" title="threshold {row.threshold:g}" style="left:{place:.2f}%"></b>'
     return (
         f'<h3>{escape(row.score)} <span class="key kept"></span>kept<span class="key lost"></span>dropped</h3>'
-        f'<div class="scores">{"".join(columns)}</div><div class="axis note"><span>{ends[0]:.4g}</span><span>{ends[1]:.4g}</span></div>'
+        f'<div class="scores">{"".join(columns)}{line}</div>'
+        f'<div class="axis note"><span>{ends[0]:.4g}</span><span>{ends[1]:.4g}</span></div>'
     )
 
 

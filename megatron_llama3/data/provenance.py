@@ -18,7 +18,7 @@ from megatron_llama3.data.loader import TrainingStream, build_train_and_valid_st
 from megatron_llama3.data.mixing import Stretch
 from megatron_llama3.data.packing import PackedDocuments
 
-# The names are those of checkpoint/native/weights.py, which imports torch.
+# The names are those of checkpoint/native/folder.py, which comes after data in the order of imports.
 _CONFIG_FILE, _STATE_FILE = "run_config.yaml", "train_state.json"
 
 

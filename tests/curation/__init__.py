@@ -3,4 +3,4 @@
 import pytest
 
 for module in ("datatrove", "rensa", "resiliparse", "py3langid", "phonenumbers", "scipy", "stdnum", "xxhash"):
-    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'megatron-llama3[curation]'")
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install '.[curation]'")

@@ -45,7 +45,7 @@ class Swallows(PipelineStep):
 class Judges(BaseFilter):
     """Keeps from a score of 0.5 on; the text is the score, or none."""
 
-    name, score, notes = "judges", ("sureness", 0.25), ("as told",)
+    name, score, score_threshold, notes = "judges", ("sureness", 0.25), 0.5, ("as told",)
 
     def filter(self, doc):
         if doc.text != "none":
@@ -59,7 +59,7 @@ def test_scores_languages_and_notes_add_up_over_tasks(tmp_path):
         step = Observed("judges", Judges())
         WriteTallies(str(tmp_path), [step]).run(step.run(iter(share)), rank, 2)
     total = read_tallies(str(tmp_path), 2)[0]
-    assert (total.score, total.score_width, total.notes) == ("sureness", 0.25, ["as told"])
+    assert (total.score, total.score_width, total.threshold, total.notes) == ("sureness", 0.25, 0.5, ["as told"])
     assert total.scores == {"0": [0, 2], "2": [1, 0], "3": [2, 0]}
     assert total.kinds == {"language": {"en": [3, 10], "de": [1, 3]}}
     assert total.reasons == {"unsure": 3}
@@ -140,3 +140,13 @@ def test_a_writer_that_is_interrupted_leaves_nothing(tmp_path):
     next(stream)
     stream.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_block_takes_out_of_a_document_is_no_dropped_text():
+    tally, (short, same) = Tally("x"), documents(["left", "same"])
+    tally.leaves(short, "<b>left</b>")
+    tally.leaves(same, "same")
+    tally.drops("c", "gone with its document", "why")
+    other = Tally("x", characters_removed=5)
+    other.add(tally)
+    assert (tally.characters_removed, other.characters_removed) == (7, 12)

@@ -12,8 +12,9 @@ def rows() -> list[Tally]:
     first = Tally("input", 5, 50, 4, 40, reasons={"broken JSON": 1}, samples={"broken JSON": [[1, "a:0", "broken JSON: x", ""]]})
     samples = {"<b>low": [[1, "b", "<script>", ""]], "changed": [[2, "c", "<i>x", "<u>y"]], "kept": [[3, "d", "stays </pre>", ""]]}
     first.kinds = {"language": {"en": [3, 30], "<de>": [1, 10]}}
-    block = Tally("quality", 4, 40, 3, 20, 2, {"<b>low": 1}, samples, {"language": {"en": [3, 20]}})
+    block = Tally("quality", 4, 40, 3, 20, 2, 12, {"<b>low": 1}, samples, {"language": {"en": [3, 20]}})
     block.score, block.score_width, block.scores = "quality_score", 0.05, {"2": [0, 1], "19": [3, 0]}
+    block.threshold = 0.3
     block.notes = ["1 < 2"]
     return [first, block]
 
@@ -43,8 +44,11 @@ def test_the_page_is_whole_and_stands_alone():
     assert page.open == []
     assert "script" not in page.tags
     text = " ".join(page.text)
-    for part in ("Curation: <web>.yaml", "a: <b>", "5 records in; 3 documents", "60.0% of the documents, 40.0% of the characters"):
+    for part in ("Curation: <web>.yaml", "a: <b>", "5 records in; 3 documents", "60.0% of the documents"):
         assert part in text
+    # 50 characters came in: 10 went with a document in the input and 8 in the block, which took 12 out of others; 20 are left.
+    assert "40.0% are left, 24.0% were removed inside documents (markup, lines) and 36.0% went with documents" in text
+    assert "threshold 0.3" in page.titles
     for part in ("<i>x", "<u>y", "<script>", "stays </pre>", "dropped: <b>low", "broken JSON", "changed", "kept as it was", "1 < 2"):
         assert part in page.text, part
     assert {"0.1 to 0.15: 0 kept, 1 dropped", "0.95 to 1: 3 kept, 0 dropped"} <= page.titles

@@ -31,6 +31,12 @@ def run(*flags: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=kept | variables, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
+def test_help_is_the_head_of_the_script():
+    done = subprocess.run(["bash", "scripts/preflight.sh", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Checks the machines before a run")
+    assert "\n  bash scripts/preflight.sh " in done.stdout
+
+
 def test_a_node_unlike_the_others_is_named(monkeypatch):
     alike = {"torch": "2.13.0", "GPUs": "8 x H100 of 80 GiB", "GPU count": "8"}
     nodes = {f"n{i}": dict(alike) for i in range(4)}

@@ -25,6 +25,7 @@ def corpus(tmp_path):
 def test_training_and_extending(corpus):
     done = _train("--input", corpus / "code.jsonl", "--vocab-size", 600, "--output", corpus / "base", "--report", f"thai={corpus}/thai.txt")
     assert done.returncode == 0, done.stderr
+    assert "characters per token" in done.stdout
     base = load_tokenizer(corpus / "base")
     assert base.vocab_size == 600
     assert f"{len(SENTENCES['thai']) / len(base.encode(SENTENCES['thai'])):.2f}" in done.stdout
@@ -52,3 +53,8 @@ def test_what_cannot_be_done(corpus, flags, message):
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_no_table_without_rows(corpus):
+    done = _train("--input", corpus / "code.jsonl", "--vocab-size", 600, "--output", corpus / "base")
+    assert (done.returncode, done.stdout) == (0, f"{corpus}/base: 600 entries (344 BPE tokens, 256 special tokens)\n"), done.stderr

@@ -105,6 +105,7 @@ class DropDivergent(BaseFilter):
     def __init__(self, corpus: str, max_excess: float, min_words: int):
         super().__init__()
         self.corpus, self.max_excess, self.min_words = corpus, max_excess, min_words
+        self.score_threshold = max_excess
         self._corpora: dict[str, WordDistribution] | None = None
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:

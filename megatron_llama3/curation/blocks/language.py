@@ -34,6 +34,8 @@ class LanguageFilter(BaseFilter):
             raise UserError(f"languages: {', '.join(sorted(unknown))} is none the model knows; give codes such as en or zh")
         self.threshold = threshold
         self.thresholds = dict(languages) if isinstance(languages, dict) else dict.fromkeys(languages or (), threshold)
+        thresholds = {*self.thresholds.values()} or {threshold}
+        self.score_threshold = thresholds.pop() if len(thresholds) == 1 else None
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         language, score = identify(doc.text)

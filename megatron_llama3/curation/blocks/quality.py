@@ -40,6 +40,7 @@ class QualityFilter(BaseFilter):
             raise UserError(f"batch_size {batch_size} must be at least 1")
         super().__init__(exclusion_writer, batch_size)
         self.path, self.min_score = os.path.abspath(model), min_score
+        self.score_threshold = min_score
         self._column = column_of(load_classifier(model), label, model)
         self._model = None
 

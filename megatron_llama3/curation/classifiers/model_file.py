@@ -36,7 +36,7 @@ def classifier_class(kind: str) -> type:
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise UserError(f"kind {kind}: {error}; pip install 'megatron-llama3[curation,convert]'") from error
+        raise UserError(f"kind {kind}: {error}; pip install '.[curation,convert]' in the project's folder") from error
 
 
 def load_classifier(path: str | Path):
