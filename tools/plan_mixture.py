@@ -1,6 +1,6 @@
 """Weights for --data-path that give a mix of domains, from the sizes of their indexed datasets.
 
-    python tools/plan_mixture.py --domain general=data/general --domain reasoning=data/maths data/stem --domain code=data/code \
+    python tools/plan_mixture.py --domain general=data/general --domain reasoning=data/maths data/stem --domain code=data/code \\
         --domain multilingual=data/de data/ja --target general=50 reasoning=25 code=17 multilingual=8 --train-tokens 1e9
 
 prints each domain's tokens and how often the run reads them, warns where that is more than --max-epochs, and prints (or writes to --output)
