@@ -24,6 +24,8 @@ SAME_KIND = {
     *("mul", "mul_", "div", "div_", "sub_", "add_", "flatten", "view", "unsqueeze", "requires_grad_", "strip"),
 }
 """Methods whose result is much like their object: without the call the program goes on with a wrong value, where others would raise."""
+SYMMETRIC = {"min", "max", "transpose", "promote_types"}
+"""Functions of two arguments that may change places."""
 LEFT_OUT = (ast.JoinedStr, ast.arguments)  # positions inside f-strings are wrong before Python 3.12
 
 
@@ -140,7 +142,8 @@ def _of_expression(node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _of_call(node: ast.Call) -> Iterator[tuple[str, ast.expr]]:
-    if len(node.args) > 1 and not any(isinstance(argument, ast.Starred) for argument in node.args[:2]):
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+    if len(node.args) > 1 and name not in SYMMETRIC and not any(isinstance(argument, ast.Starred) for argument in node.args[:2]):
         yield "arguments swapped", _with(node, args=[node.args[1], node.args[0], *node.args[2:]])
     for place, keyword in enumerate(node.keywords):
         if keyword.arg is not None:

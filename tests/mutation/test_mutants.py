@@ -29,7 +29,7 @@ EXPECTED = {
     10: {
         *("pass", "self.x = (g(a, min(b, 1), key=True) + a * 2)", "self.x = g(a, min(b, 1), key=True) - (a / 2)"),
         *("self.x = (g(min(b, 1), a, key=True)) - a * 2", "self.x = (g(a, min(b, 1))) - a * 2"),
-        *("self.x = g(a, (min(1, b)), key=True) - a * 2", "self.x = g(a, (max)(b, 1), key=True) - a * 2"),
+        "self.x = g(a, (max)(b, 1), key=True) - a * 2",  # and not min(1, b), which is the same
         *("self.x = g(a, min(b, 2), key=True) - a * 2", "self.x = g(a, min(b, 0), key=True) - a * 2"),
         "self.x = g(a, min(b, 1), key=False) - a * 2",
         *("self.x = g(a, min(b, 1), key=True) - a * 3", "self.x = g(a, min(b, 1), key=True) - a * 1"),

@@ -70,8 +70,8 @@ def test_rank_0_alone_names(report, monkeypatch, capsys):
 
 
 def test_only_work_in_a_training_step_counts(report, monkeypatch):
-    """One second a look: in a step and working, in a step and waiting, between steps, in a step and working."""
-    stands = ((False, True), (True, True), (False, False), (False, True))
+    """One second a look: in a step and working, in a step and waiting, between steps, twice in a step and working."""
+    stands = ((False, True), (True, True), (False, False), (False, True), (False, True))
     places = [Place("", "", is_waiting, is_training) for is_waiting, is_training in stands]
     looks, clock, slept, asked = iter(places), iter(range(100)), [], []
 
@@ -85,7 +85,7 @@ def test_only_work_in_a_training_step_counts(report, monkeypatch):
     reporter = report()
     with pytest.raises(Enough):
         reporter._sample()
-    assert reporter.worked == 2.0
+    assert reporter.worked == 3.0
     assert set(slept) == {SAMPLING_SECONDS}
     assert set(asked) == {(threading.get_ident(), False)}
 
