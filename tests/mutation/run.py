@@ -67,14 +67,20 @@ def main() -> None:
     arguments = parser.parse_args()
     results = Results(arguments.results)
     if not arguments.report:
-        share, of = map(int, arguments.share.split("/"))
-        paths = [path for path in mutated_files(ROOT) if arguments.only in path]
-        mutants = [mutant for path in paths for mutant in mutants_of(path, (ROOT / path).read_text())]
-        survivors = arguments.survivors_of and Results(arguments.survivors_of).living()
-        drawn = sample(mutants, arguments.count, arguments.seed) if survivors is None else found_again(mutants, survivors)
         with tempfile.TemporaryDirectory(prefix="mut-") as folder:
-            run(Server(Path(folder)), drawn[share - 1 :: of], arguments.part, results)
+            server = Server(Path(folder))
+            run(server, drawn_from(server.tree, arguments), arguments.part, results)
     print(results.report())
+
+
+def drawn_from(root: Path, arguments: argparse.Namespace) -> list[Mutant]:
+    """Of the server's copy: the working tree may change while mutants run."""
+    share, of = map(int, arguments.share.split("/"))
+    paths = [path for path in mutated_files(root) if arguments.only in path]
+    mutants = [mutant for path in paths for mutant in mutants_of(path, (root / path).read_text())]
+    if arguments.survivors_of is None:
+        return sample(mutants, arguments.count, arguments.seed)[share - 1 :: of]
+    return found_again(mutants, Results(arguments.survivors_of).living(), root)[share - 1 :: of]
 
 
 def mutated_files(root: Path) -> list[str]:
@@ -82,23 +88,23 @@ def mutated_files(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in paths)
 
 
-def found_again(mutants: list[Mutant], names: list[str]) -> list[Mutant]:
+def found_again(mutants: list[Mutant], names: list[str], root: Path) -> list[Mutant]:
     """The mutants of these names in code that may have moved by some lines."""
 
     def without_place(name: str) -> str:
         return re.sub(r"\n@@ .* @@", "", name)
 
-    by_name = {without_place(name_of(mutant)): mutant for mutant in reversed(mutants)}
+    by_name = {without_place(name_of(mutant, root)): mutant for mutant in reversed(mutants)}
     return [by_name[key] for key in map(without_place, names) if key in by_name]
 
 
-def name_of(mutant: Mutant) -> str:
-    return f"{mutant.path}: {mutant.operator}\n{mutant.diff((ROOT / mutant.path).read_text())}"
+def name_of(mutant: Mutant, root: Path) -> str:
+    return f"{mutant.path}: {mutant.operator}\n{mutant.diff((root / mutant.path).read_text())}"
 
 
 def run(server: "Server", drawn: list[Mutant], part: str, results: "Results") -> None:
     for mutant in drawn:
-        name = name_of(mutant)
+        name = name_of(mutant, server.tree)
         if results.is_open(name, part):
             start = time.monotonic()
             kill = server.judge(mutant, part, results.killers(mutant.path)) or {"test": None, "kind": None}

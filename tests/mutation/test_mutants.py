@@ -121,14 +121,13 @@ def test_a_killed_run_goes_on_and_the_default_part_takes_what_lives(tmp_path, ca
     ]  # fmt: skip
 
 
-def test_survivors_are_found_again_where_lines_have_moved(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "ROOT", tmp_path)
+def test_survivors_are_found_again_where_lines_have_moved(tmp_path):
     source = "a = 1\nb = 1\n"
     (tmp_path / "a.py").write_text(source)
-    before = [run.name_of(mutant) for mutant in mutants_of("a.py", source)]
+    before = [run.name_of(mutant, tmp_path) for mutant in mutants_of("a.py", source)]
     (tmp_path / "a.py").write_text("\n\n" + source.replace("b", "c"))
     now = mutants_of("a.py", (tmp_path / "a.py").read_text())
-    assert [(mutant.line, mutant.text) for mutant in run.found_again(now, before)] == [(3, "0"), (3, "2")]
+    assert [(mutant.line, mutant.text) for mutant in run.found_again(now, before, tmp_path)] == [(3, "0"), (3, "2")]
 
 
 def test_modules_that_a_test_reaches_by_its_imports_and_theirs():
