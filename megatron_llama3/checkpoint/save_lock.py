@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.storage import patiently, user_error
 from megatron_llama3.parallel.groups import ParallelGroups, said_by_rank_0
 
 LOCK_FILE = "running.json"
@@ -23,7 +24,7 @@ SILENCE_SECONDS = 30.0
 
 
 class SaveLock:
-    """Held by rank 0 of a run. Raises UserError where another run holds the folder."""
+    """Held by rank 0 of a run. Raises UserError where another run holds the folder, OSError where it cannot be written."""
 
     def __init__(self, save: Path):
         self.path, self.beats, self.lost = save / LOCK_FILE, 0, False
@@ -51,8 +52,12 @@ class SaveLock:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(self.owner | {"beats": 0}, file)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(self.owner | {"beats": 0}, file)
+        except OSError:
+            self._remove(self.path)  # the next attempt would take an empty one for another run's
+            raise
         return True
 
     def _take_over(self, save: Path) -> None:
@@ -70,8 +75,8 @@ class SaveLock:
     def _beat_loop(self) -> None:
         while not self.released.wait(BEAT_SECONDS):
             with suppress(OSError):  # a file system that fails for a while; the next beat tries again
-                if not self._is_mine():
-                    self.lost = True
+                self.lost = self._is_anothers()
+                if self.lost:
                     return
                 self._write()
 
@@ -79,23 +84,44 @@ class SaveLock:
         found = _read(self.path)
         return found is not None and found.get("id") == self.owner["id"]
 
+    def _is_anothers(self) -> bool:
+        """Not where the file is gone or cannot be read, as on a file system that fails for a while."""
+        return (_read(self.path) or {}).get("id", self.owner["id"]) != self.owner["id"]
+
     def _write(self) -> None:
         self.beats += 1
         aside = self.path.with_name(f"{LOCK_FILE}.{self.owner['id']}")
-        aside.write_text(json.dumps(self.owner | {"beats": self.beats}))
-        os.replace(aside, self.path)
+        try:
+            aside.write_text(json.dumps(self.owner | {"beats": self.beats}))
+            os.replace(aside, self.path)
+        except OSError:
+            self._remove(aside)
+            raise
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
-def held(save: str | None, groups: ParallelGroups) -> Iterator[SaveLock | None]:
-    """The lock for the time of the block, on rank 0; None on others and without a --save. Collective; raises UserError on every rank."""
-    lock = None if save is None else said_by_rank_0(groups, lambda: SaveLock(Path(save)), is_shared=False)
+def held(save: str | None, groups: ParallelGroups, retry_minutes: float = 0) -> Iterator[SaveLock | None]:
+    """The lock for the time of the block, on rank 0; None on others and without a --save. Collective; raises UserError on every rank, and
+    StorageError where the file system failed for `retry_minutes`."""
+    lock = None if save is None else patiently(lambda: said_by_rank_0(groups, lambda: _lock(save), False), retry_minutes, groups.rank == 0)
     try:
         yield lock
     finally:
         if lock is not None:
             with suppress(OSError):
                 lock.release()
+
+
+def _lock(save: str) -> SaveLock:
+    try:
+        return SaveLock(Path(save))
+    except OSError as error:
+        raise user_error(error, f"--save {save}: ") from error
 
 
 def _read(path: Path) -> dict | None:

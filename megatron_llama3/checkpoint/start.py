@@ -1,6 +1,7 @@
 """What a run starts from: its own last whole checkpoint (--auto-resume), another one (--load), a Hugging Face folder (--load-hf), or
 nothing."""
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from megatron_llama3.checkpoint.store import load_checkpoint, load_hf_weights
 from megatron_llama3.config.command_line import load_run_config
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import CheckpointConfig, RunConfig
+from megatron_llama3.config.storage import is_there, patiently
 from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.parallel.groups import ParallelGroups, said_by_rank_0
 from megatron_llama3.training.engine import Engine
@@ -35,10 +37,12 @@ class Start:
     is_hf: bool = False
 
 
-def find_start(config: RunConfig, groups: ParallelGroups) -> Start | None:
+def find_start(config: RunConfig, groups: ParallelGroups, damaged: Sequence[Path] = ()) -> Start | None:
     """Rank 0 looks and every rank gets its choice (collective), so that all start from the same place and thousands of ranks do not each
-    look at every file. Raises UserError on all ranks: nothing there, damaged, or made by a run that does not fit this one."""
-    return said_by_rank_0(groups, lambda: _choose(config))
+    look at every file. Raises UserError on all ranks: nothing there, damaged, or made by a run that does not fit this one; StorageError
+    where the file system failed for --storage-retry-minutes."""
+    minutes = config.training.storage_retry_minutes
+    return patiently(lambda: said_by_rank_0(groups, lambda: _choose(config, damaged)), minutes, groups.rank == 0)
 
 
 def load_start(start: Start | None, config: RunConfig, engine: Engine, stream: TrainingStream) -> tuple[Start | None, TrainState]:
@@ -54,9 +58,9 @@ def load_start(start: Start | None, config: RunConfig, engine: Engine, stream: T
             if engine.groups.rank == 0:
                 print(f"{start.folder.name} is passed over: {error}", flush=True)
             damaged.append(start.folder)
-            start = said_by_rank_0(engine.groups, lambda: _choose(config, damaged))
+            start = find_start(config, engine.groups, damaged)
     if start is not None:
-        load_hf_weights(start.folder, engine)
+        patiently(lambda: load_hf_weights(start.folder, engine), config.training.storage_retry_minutes, engine.groups.rank == 0)
     return start, TrainState()
 
 
@@ -114,7 +118,7 @@ def _check_save(save: Path, overwrite: bool, start: Start | None) -> None:
 def _other_start(options: CheckpointConfig) -> Start | None:
     """What --load names; None where it is the empty --save."""
     load = Path(options.load)
-    is_empty = not (load / LATEST_FILE).exists() and not (load / ".metadata").exists()
+    is_empty = not is_there(load / LATEST_FILE) and not is_there(load / ".metadata")
     if is_empty and options.save is not None and load.resolve() == Path(options.save).resolve():
         return None
     folder = resolve_native(load)
@@ -129,7 +133,7 @@ def _saved(save: Path) -> list[Path]:
 
     A save of a step that had been saved before moves the old folder to NAME.replaced for a moment.
     """
-    names = [path.name for path in save.iterdir()] if save.is_dir() else []
+    names = os.listdir(save) if is_there(save) else []
     found = sorted((name for name in names if re.fullmatch(r"iter_\d{7,}(\.replaced)?", name)), key=_age)
     latest = latest_iteration(save) if LATEST_FILE in names else None
     named = None if latest is None else f"iter_{latest:07d}"

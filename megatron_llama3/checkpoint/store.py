@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,9 +36,14 @@ from megatron_llama3.checkpoint.weight_reader import WeightReader
 from megatron_llama3.config.command_line import resolved_yaml
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
+from megatron_llama3.config.storage import StorageError, is_passing, patiently
 from megatron_llama3.data.loader import TrainingStream
+from megatron_llama3.parallel.groups import agreed, said_by_rank_0
 from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.state import TrainState
+
+HIDDEN_WRITE_ERROR = "unexpected pos"
+"""Said by torch's zip writer where a write failed, whose own error it hides."""
 
 
 class CheckpointWriter:
@@ -59,19 +65,18 @@ class CheckpointWriter:
         self.last_stall_seconds = 0.0
         """How long training stood still for the last save: for the one before it to end, if it had not, and for the copy."""
         if engine.groups.rank == 0:
-            remove_leftovers(self.folder)
+            with suppress(OSError):  # the first save clears up again, and says what is wrong
+                remove_leftovers(self.folder)
 
     def save(self, state: TrainState, stream: TrainingStream) -> None:
         """Copies the run's state to host memory, which is the time training stops for, and writes it in the background.
 
-        Raises UserError where this save cannot be begun, or the last one could not be written.
+        Raises StorageError on every rank where this save cannot be begun, or the last one could not be written; the next one may be.
         """
         started = time.monotonic()
         self.wait()
         partial = self.folder / f"iter_{state.iteration:07d}{PARTIAL}"
-        if self.engine.groups.rank == 0:
-            self._begin(partial, _train_state(state, stream, self.config))
-        dist.barrier(self.group)
+        said_by_rank_0(self.engine.groups, lambda: self._begin(partial, _train_state(state, stream, self.config)))
         tensors = self._tensors()
         storage = ThreadedWriter(partial, threads_for(tensors))
         written = dcp.async_save(
@@ -95,18 +100,18 @@ class CheckpointWriter:
         return self.pinned
 
     def _begin(self, partial: Path, state: dict) -> None:
-        """On rank 0: the folder, with all but tensors. What fails here ends this rank, and with it the others."""
+        """On rank 0: the folder, with all but tensors."""
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_leftovers(self.folder)
             partial.mkdir(parents=True)
             (partial / CONFIG_FILE).write_text(resolved_yaml(self.config))
             (partial / STATE_FILE).write_text(json.dumps(state, indent=1))
         except OSError as error:
-            remove_leftovers(self.folder)
-            raise UserError(f"--save {self.folder}: checkpoint could not be written: {_first_line(error)}") from error
+            self._clear_up()
+            raise StorageError(f"--save {self.folder}: checkpoint could not be written: {_first_line(error)}") from error
 
     def check(self) -> None:
-        """Between steps, while a save is under way: raises UserError on every rank as soon as it has failed on one (collective)."""
+        """Between steps, while a save is under way: raises on every rank, as `wait` does, as soon as it has failed on one (collective)."""
         if self.pending is None:
             return
         is_done = self.pending.done()
@@ -118,7 +123,8 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Until the last save is on disk on every rank. Raises UserError on all of them where it could not be written."""
+        """Until the last save is on disk on every rank. Where it could not be written, raises StorageError on all of them, or UserError if
+        that was no fault of the file system."""
         if self.pending is None:
             return
         (pending, self.pending), error = (self.pending, None), None
@@ -126,13 +132,18 @@ class CheckpointWriter:
             pending.result()
         except (Exception, dcp.CheckpointException) as failure:  # torch's own is a BaseException
             error = failure
-        failed = torch.tensor(int(error is not None))
-        dist.all_reduce(failed, dist.ReduceOp.MAX, group=self.group)
-        if failed:
+        failure = torch.tensor(0 if error is None else 1 if _is_of_storage(error) else 2)
+        dist.all_reduce(failure, dist.ReduceOp.MAX, group=self.group)
+        if failure:
             if self.engine.groups.rank == 0:
-                remove_leftovers(self.folder)
+                self._clear_up()
             reason = _first_line(error) if error else "another rank says why"
-            raise UserError(f"--save {self.folder}: checkpoint could not be written: {reason}") from error
+            kind = StorageError if failure == 1 else UserError
+            raise kind(f"--save {self.folder}: checkpoint could not be written: {reason}") from error
+
+    def _clear_up(self) -> None:
+        with suppress(OSError):  # the next save does it again
+            remove_leftovers(self.folder)
 
     def _finish(self, written: Future, partial: Path, starts: dict[str, list[int]]) -> None:
         """In the background, on every rank: sums up what it wrote; rank 0 publishes the whole."""
@@ -144,7 +155,7 @@ class CheckpointWriter:
         final = _publish(partial)
         try:
             delete_older(final, self.config.checkpoint, self.protected, self.whole)
-        except OSError as error:
+        except (OSError, UserError) as error:
             print(f"--keep-last/--keep-every: an older checkpoint could not be deleted: {error}", flush=True)
 
     def _summaries(self, partial: Path, starts: dict[str, list[int]]) -> dict[str, dict]:
@@ -172,16 +183,21 @@ def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: Tra
     """Restores weights, optimizer, schedule, data position and random state; with --finetune weights only. Collective.
 
     Raises UserError, of them DamagedCheckpointError on all ranks where one has read bytes that are not those that were saved; the engine's
-    tensors are then of no use until others are loaded, and nothing else has changed.
+    tensors are then of no use until others are loaded, and nothing else has changed. StorageError where the file system failed for
+    --storage-retry-minutes.
     """
+    minutes = config.training.storage_retry_minutes
+    return patiently(lambda: _load_checkpoint(folder, config, engine, stream), minutes, engine.groups.rank == 0)
+
+
+def _load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: TrainingStream) -> TrainState:
     options = config.checkpoint
-    saved = read_train_state(folder)
-    _check_tokenizer(saved, config, folder)
+    saved = agreed(engine.groups, lambda: _read_state(folder, config))
     if "data" not in saved and not options.finetune:
         raise UserError(f"--load {folder}: holds weights alone, no training run to go on with: add --finetune to start from them")
     with_optimizer = not (options.finetune or options.no_load_optim)
     state = TrainState.from_saved(saved)
-    reader = SafeFileSystemReader(folder) if options.no_load_checksums else CheckedReader(folder)
+    reader = agreed(engine.groups, lambda: _reader(folder, options.no_load_checksums))
     _load_tensors(engine, reader, folder, state.updates, with_optimizer)
     if options.finetune:
         return TrainState()
@@ -194,9 +210,16 @@ def load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: Tra
     return state
 
 
+def _reader(folder: Path, no_checksums: bool) -> SafeFileSystemReader:
+    reader = SafeFileSystemReader(folder) if no_checksums else CheckedReader(folder)
+    reader.read_metadata()
+    return reader
+
+
 def load_hf_weights(folder: Path, engine: Engine) -> None:
     """The weights of a Hugging Face folder, in whatever dtype they are, straight into the engine (collective)."""
-    _load_tensors(engine, WeightReader(open_hf(folder)), folder, 0, with_optimizer=False)
+    reader = agreed(engine.groups, lambda: WeightReader(open_hf(folder)))
+    _load_tensors(engine, reader, folder, 0, with_optimizer=False)
 
 
 def _load_tensors(engine: Engine, reader: dcp.StorageReader, folder: Path, step: int, with_optimizer: bool) -> None:
@@ -208,7 +231,8 @@ def _load_tensors(engine: Engine, reader: dcp.StorageReader, folder: Path, step:
         damaged = [failure for failure in failures if isinstance(failure, DamagedCheckpointError)]
         if damaged:
             raise damaged[0] from error
-        raise UserError(f"{folder}: {_first_line(failures[0]) if failures else error}") from error
+        kind = StorageError if any(map(is_passing, failures)) else UserError
+        raise kind(f"{folder}: {_first_line(failures[0]) if failures else error}") from error
     engine.state_loaded(step, with_optimizer)
 
 
@@ -225,6 +249,13 @@ def _tokenizer_digest(config: RunConfig) -> str | None:
     path = Path(config.data.tokenizer_model)
     files = [path] if path.is_file() else [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
     return hashlib.sha256(files[0].read_bytes()).hexdigest() if files else None
+
+
+def _read_state(folder: Path, config: RunConfig) -> dict:
+    """The train state, for a run with the tokenizer that it was saved with. Raises UserError."""
+    saved = read_train_state(folder)
+    _check_tokenizer(saved, config, folder)
+    return saved
 
 
 def _check_tokenizer(saved: dict, config: RunConfig, folder: Path) -> None:
@@ -255,10 +286,16 @@ def _publish(partial: Path) -> Path:
     return final
 
 
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether a file system failed, not the program: what worked in earlier saves may work again."""
+    causes = [failure for failure, _ in error.failures.values()] if isinstance(error, dcp.CheckpointException) else [error]
+    return any(isinstance(cause, (OSError, StorageError)) or HIDDEN_WRITE_ERROR in str(cause) for cause in causes)
+
+
 def _first_line(error: BaseException) -> str:
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    if "unexpected pos" in str(error):  # torch's zip writer where a write failed, whose own error it hides
+    if HIDDEN_WRITE_ERROR in str(error):
         return "a file could not be written to its end: no space left, or a limit on the size of files"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"

@@ -84,6 +84,9 @@ class TrainingConfig:
     hang_timeout_seconds: float = option(
         300.0, "Seconds without a step after which the rank that is behind is named and the run ends; 0: never.", zero_ok=True
     )
+    storage_retry_minutes: float = option(
+        20.0, "Minutes for which a file system that fails is tried again before the run ends with status 75; 0: not at all.", zero_ok=True
+    )
     check_for_spiky_loss: bool = option(False, "Skip steps whose loss is far above the recent ones, as those that are not finite.")
     spiky_loss_factor: float = option(
         2.0, "With --check-for-spiky-loss: how many times the median of recent losses is a spike.", needs="check_for_spiky_loss"

@@ -17,6 +17,7 @@ import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.storage import is_there
 from megatron_llama3.data.dataset_writer import DTYPE_CODES, HEADER_BYTES, MAGIC, IndexedDatasetWriter, dtype_for_vocab_size
 from megatron_llama3.data.sidecar import checksum_file, describe_damage, read_origins, read_sidecar
 
@@ -49,7 +50,7 @@ class IndexedDataset:
     def _open_index(self) -> int:
         """Maps the arrays of the index; returns the size of PREFIX.bin."""
         for path in (self.idx_path, self.bin_path):
-            if not os.path.isfile(path):
+            if not is_there(path):
                 raise UserError(f"{path}: no such file; a dataset is named by its prefix, the path without .bin and .idx")
         size, bin_bytes = os.path.getsize(self.idx_path), os.path.getsize(self.bin_path)
         if size < HEADER_BYTES:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.parallel import ParallelConfig
+from megatron_llama3.config.storage import user_error
 from megatron_llama3.parallel.topology import Coordinates, Topology
 
 
@@ -71,18 +72,35 @@ def initialize_groups(config: ParallelConfig, timeout_minutes: float = 10.0) -> 
 
 def said_by_rank_0(groups: ParallelGroups, answer: Callable, is_shared: bool = True):
     """What `answer()` gives on rank 0, on every rank; without `is_shared` on rank 0 alone, and None elsewhere. Collective. Where it raises
-    UserError, all ranks do."""
+    UserError or OSError, all ranks raise UserError, or StorageError for what may pass."""
     found, own = [None, None], None
     if groups.rank == 0:
         try:
             own = answer()
             found[0] = own if is_shared else None
-        except UserError as error:
-            found[1] = str(error)
+        except (OSError, UserError) as error:
+            found[1] = user_error(error)
     dist.broadcast_object_list(found, src=0, group=groups.saving)
     if found[1] is not None:
-        raise UserError(found[1])
+        raise found[1]
     return found[0] if is_shared else own
+
+
+def agreed(groups: ParallelGroups, attempt: Callable):
+    """What `attempt()` gives on this rank, which it makes without the others. Collective: where it raises UserError or OSError on one rank,
+    all ranks raise what the first of them says, as UserError, or as StorageError for what may pass."""
+    own, failure = None, None
+    try:
+        own = attempt()
+    except (OSError, UserError) as error:
+        failure = user_error(error)
+    first = torch.tensor(groups.rank if failure is not None else dist.get_world_size())
+    dist.all_reduce(first, dist.ReduceOp.MIN, group=groups.saving)
+    if first == dist.get_world_size():
+        return own
+    said = [failure]
+    dist.broadcast_object_list(said, src=int(first), group=groups.saving)
+    raise said[0]
 
 
 def destroy_groups() -> None:

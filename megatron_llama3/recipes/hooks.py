@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_llama3.checkpoint.native.checksums import DamagedCheckpointError
 from megatron_llama3.checkpoint.native.folder import STATE_FILE, read_train_state
 from megatron_llama3.checkpoint.native.manifest import damage
+from megatron_llama3.checkpoint.patient_saves import PatientSaves
 from megatron_llama3.checkpoint.start import Start
 from megatron_llama3.checkpoint.store import CheckpointWriter, load_checkpoint
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
+from megatron_llama3.config.storage import patiently
 from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.parallel.groups import ParallelGroups
 from megatron_llama3.training.engine import Engine
@@ -27,6 +27,7 @@ from megatron_llama3.training.objectives import Objective
 from megatron_llama3.training.profiling import Profile
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult
+from megatron_llama3.training.stop import StopReasons
 from megatron_llama3.training.straggler import StragglerReport
 from megatron_llama3.training.watchdog import Watchdog
 
@@ -50,7 +51,13 @@ class Observers:
         """Before ranks leave the job, each in its own time."""
         if self.logger is not None:
             self.logger.close()
+        self.events.close()
         self.watchdog.stop()
+
+    def save_failed(self, state: TrainState, reason: str, attempt: int) -> None:
+        self.record("save_failed", state, reason=reason, attempt=attempt)
+        if self.logger is not None:
+            self.logger.print_line(f"iteration {state.iteration} | {reason}; training goes on, it is tried again (failure {attempt})")
 
     def training_paused(self, seconds: float) -> None:
         """The run did something else than training for so long, and has come further."""
@@ -66,22 +73,29 @@ def hooks_in_order(
     config: RunConfig,
     observers: Observers,
     start: Start | None,
+    stop: StopReasons,
 ) -> list[Hook]:
     """What runs after every step, first to last: what is noted of a step, before what may undo it, before what is saved, before evaluation.
 
     `streams` are those of training and, where there is one, of validation.
     """
     train_stream, valid_stream = streams
-    writer = CheckpointWriter(config, engine, start and start.folder) if config.checkpoint.save is not None else None
+    saves = _saves(engine, config, observers, start, stop) if config.checkpoint.save is not None else None
     hooks = [noting_steps(observers, train_stream)]
     hooks += [observers.logger] if observers.logger is not None else []
     hooks += [Profile(config, engine.groups.rank)] if config.logging.profile else []
     hooks += [ManualGarbageCollection(config.training.manual_gc_interval)] if config.training.manual_gc else []
     hooks += [StragglerReport(config.logging, engine.groups, observers.events)] if config.logging.log_straggler else []
-    hooks += [rolling_back(engine, train_stream, config, observers, writer, start)]
-    hooks += [saving(writer, train_stream, config, observers)] if writer is not None else []
+    hooks += [rolling_back(engine, train_stream, config, observers, saves, start)]
+    hooks += [saving(saves, train_stream, config, observers)] if saves is not None else []
     hooks += [evaluation(engine, objective, valid_stream, config, observers)] if valid_stream is not None else []
     return hooks
+
+
+def _saves(engine: Engine, config: RunConfig, observers: Observers, start: Start | None, stop: StopReasons) -> PatientSaves:
+    writer = CheckpointWriter(config, engine, start and start.folder)
+    minutes = config.training.storage_retry_minutes
+    return PatientSaves(writer, minutes, lambda: stop.is_hurried(engine.groups.control), observers.save_failed)
 
 
 def noting_steps(observers: Observers, stream: TrainingStream) -> Hook:
@@ -102,7 +116,7 @@ def rolling_back(
     stream: TrainingStream,
     config: RunConfig,
     observers: Observers,
-    writer: CheckpointWriter | None,
+    saves: PatientSaves | None,
     start: Start | None,
 ) -> Hook:
     """After --max-skips-in-a-row: weights, moments and schedule of the last checkpoint that no bad step preceded; the data moves on, so
@@ -112,8 +126,8 @@ def rolling_back(
     def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
         if state.skipped_in_a_row < config.training.max_skips_in_a_row:
             return
-        if writer is not None:
-            writer.wait()
+        if saves is not None:
+            saves.wait(state)
         before, position = state.updates, stream.state_dict()
         target, restored = _roll_back(engine, stream, config, state, start)
         if restored is None:
@@ -139,7 +153,11 @@ def _roll_back(
     is none left (collective)."""
     plain = replace(config.checkpoint, finetune=False, no_load_optim=False, no_load_rng=False)
     damaged: list[Path] = []
-    while (target := _agree(engine, lambda: _rollback_target(config, state, start, damaged))) is not None:
+
+    def look() -> Path | None:
+        return said_by_rank_0(engine.groups, lambda: _rollback_target(config, state, start, damaged))
+
+    while (target := patiently(look, config.training.storage_retry_minutes, engine.groups.rank == 0)) is not None:
         try:
             return target, load_checkpoint(target, replace(config, checkpoint=plain), engine, stream)
         except DamagedCheckpointError as error:
@@ -168,30 +186,24 @@ def _rollback_target(config: RunConfig, state: TrainState, start: Start | None, 
     return max(sound, key=lambda folder: states[folder]["iteration"], default=None)
 
 
-def _agree(engine: Engine, answer: Callable):
-    """Rank 0's answer, on every rank: a shared folder need not look the same everywhere at once."""
-    answers = [answer() if engine.groups.rank == 0 else None]
-    dist.broadcast_object_list(answers, src=0, group=engine.groups.control)
-    return answers[0]
-
-
-def saving(writer: CheckpointWriter, stream: TrainingStream, config: RunConfig, observers: Observers) -> Hook:
-    """Every --save-interval steps and after the last; the run does not end before the last checkpoint is on disk, nor go on after a save
-    that failed."""
+def saving(saves: PatientSaves, stream: TrainingStream, config: RunConfig, observers: Observers) -> Hook:
+    """Every --save-interval steps and after the last, and again where a save failed; the run does not end before the last checkpoint is on
+    disk."""
 
     def hook(state: TrainState, result: StepResult, is_last: bool) -> None:
-        writer.check()
+        saves.check(state)
         interval = config.checkpoint.save_interval
-        if is_last or (interval and state.iteration % interval == 0):
-            started = time.monotonic()
-            writer.save(state, stream)
-            if is_last:
-                writer.wait()
-            stalled = time.monotonic() - started
-            observers.training_paused(stalled)
+        is_due = interval and state.iteration % interval == 0
+        if not (is_last or is_due or saves.is_retry_due()):
+            return
+        started = time.monotonic()
+        has_begun = saves.save_last(state, stream) if is_last else saves.save(state, stream)
+        stalled = time.monotonic() - started
+        observers.training_paused(stalled)
+        if has_begun:
             observers.record("save", state, stall_seconds=stalled)
             if observers.logger is not None:
-                observers.logger.saved(state, writer.last_stall_seconds)
+                observers.logger.saved(state, saves.writer.last_stall_seconds)
 
     return hook
 

@@ -13,6 +13,7 @@ from functools import partial
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.launcher import check_launcher, wait_for_rank_0
 from megatron_llama3.config.run import RunConfig
+from megatron_llama3.config.storage import patiently
 from megatron_llama3.tokenizer.llama3 import check_vocabulary_size
 from megatron_llama3.training.failures import run_and_exit
 from megatron_llama3.training.launcher_guard import end_with_launcher
@@ -21,9 +22,9 @@ from megatron_llama3.training.stop import StopReasons
 
 def pretrain(config: RunConfig) -> int:
     """Returns the exit status, see training/failures.py."""
-    since, stop = time.time(), StopReasons(config)
+    since, stop, minutes = time.time(), StopReasons(config), config.training.storage_retry_minutes
     if config.data.tokenizer_model is not None:
-        check_vocabulary_size(config.data.tokenizer_model, config.model.vocab_size)
+        patiently(lambda: check_vocabulary_size(config.data.tokenizer_model, config.model.vocab_size), minutes)
     # Imported here and in _run, so that refusals and dry runs take no seconds of torch.
     import torch.distributed as dist
 
@@ -34,12 +35,12 @@ def pretrain(config: RunConfig) -> int:
     from megatron_llama3.training.flight_recorder import keep_collectives
 
     keep_collectives()
-    streams = build_train_and_valid_streams(config)
+    streams = patiently(lambda: build_train_and_valid_streams(config), minutes)
     groups = initialize_groups(config.parallel, config.training.distributed_timeout_minutes)
     if groups.rank == 0:
         print(*config.notices, describe(config), sep="\n", flush=True)
 
-    with held(config.checkpoint.save, groups) as lock:
+    with held(config.checkpoint.save, groups, minutes) as lock:
         state = _run(config, groups, streams, stop, lock, since)
 
     dist.barrier(groups.control)  # the launcher ends every rank when the first one leaves with a status other than 0
@@ -65,7 +66,7 @@ def _run(config: RunConfig, groups, streams, stop: StopReasons, lock, since: flo
     say(f"loaded {start.folder} at iteration {state.iteration}" if start else "starting from initial weights")
 
     observers = Observers(config, groups, state)
-    hooks = hooks_in_order(engine, objective, streams, config, observers, start)
+    hooks = hooks_in_order(engine, objective, streams, config, observers, start, stop)
     hooks += [lambda *step: lock.check()] if lock is not None else []
     observers.record("start", state, since=since, loaded=start and str(start.folder), world_size=config.parallel.world_size)
     with memory_history(config, groups.rank), noted_failures(observers.events, state, groups.rank):

@@ -4,7 +4,7 @@
     skip      iteration, reason, loss, gradient_norm, data                      evaluate   iteration, seconds
     rollback  iteration, to, lost_updates                                       straggler  iteration, rank, host, factor
     hang      rank, host, iteration, phase, call                                failure    rank, host, iteration, reason
-    stop      iteration, reason, is_finished
+    stop      iteration, reason, is_finished                                save_failed  iteration, reason, attempt
 
 Every event has `event`, `time` (seconds since 1970) and, from training, `useful_seconds` (see TrainState). tools/report_run.py reads them.
 A killed process may leave half a line: whoever appends next ends it, and readers pass over it.
@@ -20,20 +20,31 @@ from typing import Any
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
+from megatron_llama3.training.outbox import Outbox
 
 EVENTS_FILE, METRICS_FILE = "events.jsonl", "metrics.jsonl"
 
 
 class EventLog:
-    """Any rank may append: a line is one write. Without --log-dir and --save nothing is kept."""
+    """Any rank may append: a line is one write. Without --log-dir and --save nothing is kept. A file system that fails for a while stops
+    nobody (training/outbox.py)."""
 
     def __init__(self, config: RunConfig):
         self.folder = log_folder(config)
-        self.path = self.folder / EVENTS_FILE if self.folder is not None else None
+        self.lines = line_file(self.folder / EVENTS_FILE) if self.folder is not None else None
 
     def add(self, event: str, **fields: Any) -> None:
-        if self.path is not None:
-            append_line(self.path, {"event": event, "time": time.time()} | fields)
+        if self.lines is not None:
+            self.lines.add({"event": event, "time": time.time()} | fields)
+
+    def close(self) -> None:
+        if self.lines is not None:
+            self.lines.close()
+
+
+def line_file(path: Path) -> Outbox:
+    """Takes records (dict), each a line of the file at `path`."""
+    return Outbox(str(path), lambda record: _append(path, record))
 
 
 def log_folder(config: RunConfig) -> Path | None:
@@ -45,17 +56,21 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     """Adds one line in one write, after ending one that a killed process left unfinished. Numbers that JSON lacks become text.
 
     Raises UserError where it cannot, such as on a full disk."""
-    line = json.dumps({key: _jsonable(value) for key, value in record.items()}).encode() + b"\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab+", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            is_torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
-            line = b"\n" * is_torn + line
-            if file.write(line) < len(line):  # a disk that fills up takes a part without an error
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _append(path, record)
     except OSError as error:
         raise UserError(f"{path}: could not be written: {error.strerror}") from error
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    line = json.dumps({key: _jsonable(value) for key, value in record.items()}).encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        is_torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        line = b"\n" * is_torn + line
+        if file.write(line) < len(line):  # a disk that fills up takes a part without an error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@
 |---|---|
 | 0 | done, or ended where it was told to |
 | 1 | a fault of the program |
-| 2 | a mistake in flags, files or data, or a full disk (UserError) |
-| 75 | nothing is wrong with the run: a signal, a lost rank, a hang; started again it goes on |
+| 2 | a mistake in flags, files or data (UserError) |
+| 75 | nothing is wrong with the run: a signal, a lost rank, a hang, a file system that failed for too long; started again it goes on |
 """
 
 import os
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.storage import StorageError
 from megatron_llama3.training.events import EventLog
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.stop import RESTART_STATUS
@@ -68,7 +69,7 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
             _lost_contact(error)
         if os.environ.get("RANK", "0") != "0":
             _let_others_speak_first()
-        _exit(2, [f"error: {line}" for line in str(error).splitlines()])
+        _exit(RESTART_STATUS if isinstance(error, StorageError) else 2, [f"error: {line}" for line in str(error).splitlines()])
     except (SystemExit, KeyboardInterrupt):
         raise
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does

@@ -5,16 +5,17 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
 
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.model.counts import flops_per_token
-from megatron_llama3.training.events import METRICS_FILE, append_line, log_folder
+from megatron_llama3.training.events import METRICS_FILE, line_file, log_folder
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult
+from megatron_llama3.training.tensorboard import TensorBoard
+from megatron_llama3.training.wandb_run import WandB
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
@@ -37,8 +38,9 @@ class MetricsLogger:
         self.peak_tflops = _peak_tflops()
         folder = log_folder(config)
         self.path = folder / METRICS_FILE if folder is not None else None
-        self.wandb = _start_wandb(config)
-        self.tensorboard = _start_tensorboard(config, state)
+        self.lines = line_file(self.path) if self.path is not None else None
+        self.wandb = WandB(config) if config.logging.wandb_project is not None else None
+        self.tensorboard = TensorBoard(config.logging.tensorboard_dir, state.iteration + 1) if config.logging.tensorboard_dir else None
         self.bar = None
         if sys.stdout.isatty():
             self.bar = tqdm(total=config.training.train_iters, initial=state.iteration, unit="step", file=sys.stdout, dynamic_ncols=True)
@@ -76,11 +78,10 @@ class MetricsLogger:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.lines is not None:
+            self.lines.close()
         if self.wandb is not None:
-            import wandb
-
-            self.wandb.finish()
-            wandb.teardown()  # waits for its own process, which may not have written the run's file yet
+            self.wandb.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
 
@@ -141,13 +142,12 @@ class MetricsLogger:
             print(line, flush=True)
 
     def _record(self, record: dict) -> None:
-        if self.path is not None:
-            append_line(self.path, record | {"time": time.time()})
+        if self.lines is not None:
+            self.lines.add(record | {"time": time.time()})
         if self.wandb is not None:
-            self.wandb.log(record, step=record["iteration"])
+            self.wandb.add(record)
         if self.tensorboard is not None:
-            for name, value in record.items():
-                self.tensorboard.add_scalar(name, value, record["iteration"])
+            self.tensorboard.add(record)
 
 
 def _as_wide_as(parts: list[str], columns: int) -> str:
@@ -177,25 +177,6 @@ def _memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _start_wandb(config: RunConfig):
-    log = config.logging
-    if log.wandb_project is None:
-        return None
-    import wandb
-
-    folder = log.wandb_save_dir or log_folder(config) or "."
-    return wandb.init(project=log.wandb_project, name=log.wandb_exp_name, dir=folder, mode=log.wandb_mode, config=asdict(config))
-
-
-def _start_tensorboard(config: RunConfig, state: TrainState):
-    """A writer whose steps take the place of those that a crashed start wrote after the checkpoint."""
-    if config.logging.tensorboard_dir is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(config.logging.tensorboard_dir, purge_step=state.iteration + 1)
 
 
 def _clock(seconds: float) -> str:

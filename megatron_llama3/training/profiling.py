@@ -3,13 +3,16 @@
 Traces open in Perfetto or chrome://tracing, snapshots in https://pytorch.org/memory_viz.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
+from megatron_llama3.config.storage import words
 from megatron_llama3.training.events import log_folder
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult
@@ -29,8 +32,7 @@ class Profile:
     def __call__(self, state: TrainState, result: StepResult, is_last: bool) -> None:
         if self.profiler is not None and (state.iteration >= self.last or is_last):
             self.profiler.stop()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.profiler.export_chrome_trace(str(self.path))
+            _written(self.path, self.profiler.export_chrome_trace)
             self.profiler = None
         elif self.is_mine and state.iteration == self.first and not is_last:
             self.profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
@@ -50,6 +52,13 @@ def memory_history(config: RunConfig, rank: int) -> Iterator[None]:
     try:
         yield
     finally:
-        path = log_folder(config) / "memory" / f"rank{rank}.pickle"
+        _written(log_folder(config) / "memory" / f"rank{rank}.pickle", torch.cuda.memory._dump_snapshot)
+
+
+def _written(path: Path, write: Callable[[str], None]) -> None:
+    """Training does not end for want of a file to look at."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(path))
+        write(str(path))
+    except (OSError, RuntimeError) as error:
+        print(f"{path}: could not be written: {words(error)}", file=sys.stderr, flush=True)

@@ -37,9 +37,13 @@ class StopReasons:
         if t.exit_duration_in_mins and _largest(time.monotonic() - self.started > 60 * t.exit_duration_in_mins, control):
             return "--exit-duration-in-mins is over"
         if t.exit_signal_handler:
-            self.signalled = _largest(self.signalled, control)
-            return f"{signal.Signals(self.signalled).name} was received" if self.signalled else None
+            return f"{signal.Signals(self.signalled).name} was received" if self.is_hurried(control) else None
         return None
+
+    def is_hurried(self, control) -> bool:
+        """Whether a signal came, to any rank of the `control` process group (collective)."""
+        self.signalled = _largest(self.signalled, control)
+        return bool(self.signalled)
 
     def exit_status(self, state: TrainState) -> int:
         """RESTART_STATUS where a signal cut the run short; 0 where it is done, or was told beforehand to end here."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.storage import user_error
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "run_config.yaml"
@@ -42,7 +43,7 @@ def read_train_state(folder: Path) -> dict:
     try:
         state = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise user_error(error) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     for name in COUNTS:

@@ -20,6 +20,7 @@ from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, STATE_FILE, TO
 from megatron_llama3.checkpoint.native.metadata import METADATA_FILE, stored_tensors
 from megatron_llama3.config.command_line import load_run_config
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.storage import is_passing, is_there, user_error
 
 MANIFEST_FILE = "manifest.json"
 SMALL_FILES = (METADATA_FILE, CONFIG_FILE, STATE_FILE)
@@ -68,7 +69,7 @@ def write_manifest(folder: Path, files: dict[str, dict]) -> None:
 def read_manifest(folder: Path) -> dict[str, dict] | None:
     """File name -> {"bytes", "crc32"}; None where an older version wrote none. Raises UserError for one that is damaged."""
     path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not is_there(path):
         return None
     try:
         files = json.loads(path.read_bytes())["files"]
@@ -91,10 +92,12 @@ def _is_inside(name: str) -> bool:
 
 
 def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be loaded, or None. Cheap: names, sizes, and the content of the small files."""
-    if not folder.is_dir():
-        return f"{folder}: the folder is missing"
+    """Why a checkpoint cannot be loaded, or None. Cheap: names, sizes, and the content of the small files.
+
+    Raises StorageError where the file system fails in a way that may pass: that says nothing about the checkpoint."""
     try:
+        if not is_there(folder):
+            return f"{folder}: the folder is missing"
         files = read_manifest(folder)
         if files is not None:
             _check_no_others(folder, files)
@@ -108,6 +111,8 @@ def damage(folder: Path) -> str | None:
         load_run_config(str(folder / CONFIG_FILE))
         read_train_state(folder)
     except (UserError, OSError) as error:
+        if is_passing(error):
+            raise user_error(error) from error
         return str(error).splitlines()[0]
     return None
 
@@ -141,7 +146,7 @@ def _check_no_others(folder: Path, files: Mapping[str, dict]) -> None:
 
 
 def _check_size(path: Path, entry: dict) -> None:
-    if not path.is_file():
+    if not is_there(path):
         raise UserError(f"{path}: the file is missing")
     size = path.stat().st_size
     if size < entry["bytes"] or (size > entry["bytes"] and "crc32" in entry):

@@ -148,10 +148,18 @@ class SafeFileSystemReader(FileSystemReader):
     """torch's reader with `.metadata` read by `read_metadata`: pass it to dcp.load as `storage_reader`.
 
     Its `read_metadata` raises UserError for an entry that is no tensor, which dcp.load would unpickle without restriction, and for a file
-    outside the folder.
+    outside the folder. What it gave once it gives again: dcp.load takes a second attempt that succeeds for the sign of another format, on
+    that rank alone, and hangs.
     """
 
+    content: metadata.Metadata | None = None
+
     def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
+        if self.content is None:
+            self.content = self._checked()
+        return self.content
+
+    def _checked(self) -> metadata.Metadata:
         content = read_metadata(Path(self.path))
         for key, entry in content.state_dict_metadata.items():
             if not isinstance(entry, metadata.TensorStorageMetadata):
