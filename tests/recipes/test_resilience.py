@@ -7,86 +7,23 @@ import re
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from megatron_llama3.checkpoint.native import open_native_tensors
 from megatron_llama3.checkpoint.start import Start
-from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
-from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
 from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.model.llama import Llama
-from megatron_llama3.planning.local_ranks import start_ranks
 from megatron_llama3.recipes import hooks
-from megatron_llama3.recipes.pretrain import pretrain
 from megatron_llama3.training import engine
 from megatron_llama3.training.events import EventLog, read_lines
-from megatron_llama3.training.failures import run_and_exit
 from megatron_llama3.training.state import TrainState
+from tests.recipes.jobs import FLAGS, TWO_BY_TWO, events, losses, slow_steps, start, statuses, wait_for
 
-FLAGS = (
-    "--num-layers 2 --hidden-size 24 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --vocab-size 101 --seq-length 16 "
-    "--global-batch-size 4 --lr 1e-3 --lr-decay-iters 8 --eval-iters 0 --exit-signal-handler"
-)
 ROLLBACK = "--train-iters 10 --save-interval 2 --max-skips-in-a-row 2"
-TWO_BY_TWO = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    prefix = tmp_path_factory.mktemp("data") / "corpus"
-    rng = np.random.default_rng(0)
-    with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for length in rng.integers(5, 60, 80):
-            writer.add_document(rng.integers(0, 101, length))
-        writer.finalize()
-    return str(prefix)
-
-
-def start(flags: str, world_size: int, log: Path, before=lambda: None) -> list:
-    def main() -> int:
-        before()
-        return pretrain(parse_run_config(flags.split()))
-
-    return start_ranks(world_size, lambda: run_and_exit(main), log)
-
-
-def statuses(processes: list, seconds: float = 120) -> list[int | None]:
-    """Exit statuses, minus the signal that killed; None for what is still there after `seconds`, which is then killed."""
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    found = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-        process.join()
-    return found
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.01)
-
-
-def losses(folder: Path) -> dict[int, float | None]:
-    return {r["iteration"]: r.get("loss") for r in read_lines(folder / "metrics.jsonl") if "lr" in r}
-
-
-def events(folder: Path, kind: str) -> list[dict]:
-    return [event for event in read_lines(folder / "events.jsonl") if event["event"] == kind]
-
-
-def slow_steps() -> None:
-    """So that there is time to do something to the run."""
-    next_batch = TrainingStream.next_batch
-    TrainingStream.next_batch = lambda *args: (time.sleep(0.05), next_batch(*args))[1]
 
 
 @pytest.mark.slow
@@ -182,13 +119,13 @@ def test_a_hang_ends_the_job_also_where_its_event_cannot_be_kept(data, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("free", "statuses_of_ranks"), [(4 << 10, [2, 75]), (36 << 10, [2, 2])])
-def test_a_disk_too_full_for_a_save_is_one_line(data, tmp_path, small_disk, free, statuses_of_ranks):
+@pytest.mark.parametrize("free", [4 << 10, 36 << 10])
+def test_a_disk_too_full_for_a_save_is_one_line(data, tmp_path, small_disk, free):
     """Where there is no room for the config, and where the tensors fill it up."""
     save = small_disk("64k")
     (save / "ballast").write_bytes(bytes((64 << 10) - free))
-    flags = f"{FLAGS} --data-path {data} --train-iters 4 --save {save} --log-dir {tmp_path} --save-interval 2"
-    assert statuses(start(flags, 2, tmp_path / "log")) == statuses_of_ranks
+    flags = f"{FLAGS} --data-path {data} --train-iters 4 --save {save} --log-dir {tmp_path} --save-interval 2 --storage-retry-minutes 0"
+    assert statuses(start(flags, 2, tmp_path / "log")) == [75, 75]
     lines = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")]
     reason = r"(No space left on device$|a file could not be written to its end: no space left)"
     assert re.match(f"error: --save {save}: checkpoint could not be written: {reason}", lines[0])
@@ -201,7 +138,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_before_the_next_one(da
     save = small_disk("64k")
     (save / "ballast").write_bytes(bytes(28 << 10))
     flags = f"{FLAGS} --data-path {data} --train-iters 2000 --save {save} --log-dir {tmp_path} --save-interval 400"
-    assert statuses(start(flags, 2, tmp_path / "log")) == [2, 2]
+    assert statuses(start(f"{flags} --storage-retry-minutes 0", 2, tmp_path / "log")) == [75, 75]
     assert "checkpoint could not be written" in (tmp_path / "log").read_text()
     assert 400 <= max(losses(tmp_path)) < 800
 
