@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_llama3.config.errors import UserError, exit_on_user_error
 from megatron_llama3.data.indexed_dataset import IndexedDataset
+from megatron_llama3.training.events import read_metrics
 
 LOSS_SHARE = 0.6
 TABLES = "encodings/"  # character tables, far easier than code: told apart in the report, and no prompts come from them
@@ -180,7 +181,7 @@ def plot_losses(log: Path, plot: Path, entropy: float, final: float) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [json.loads(line) for line in log.open()]
+    records = read_metrics(log)
     figure, axes = plt.subplots(figsize=(8, 5))
     for key, label, style in (("loss", "training", "-"), ("validation_loss", "held-out", "o")):
         points = [(record["consumed_tokens"] / 1e6, record[key]) for record in records if key in record]

@@ -11,6 +11,7 @@ import argparse
 import base64
 import html
 import io
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,6 +19,9 @@ from pathlib import Path
 
 from megatron_llama3.config.errors import UserError, exit_on_user_error
 from megatron_llama3.training.events import EVENTS_FILE, METRICS_FILE, read_lines
+
+BEGINNINGS = ("launch", "start")
+"""events with which a start of the run begins: the process, and training in it"""
 
 
 def main() -> None:
@@ -45,7 +49,8 @@ class Start:
     """What one start of the run left, until the next. Times are seconds since 1970."""
 
     began: float
-    iteration: int
+    iteration: int | None = None
+    """of the checkpoint it went on from; None if it ended before it could train"""
     events: list[dict] = field(default_factory=list)
     metrics: list[dict] = field(default_factory=list)
 
@@ -63,8 +68,9 @@ class Start:
 
     @property
     def startup_seconds(self) -> float:
-        """Until training began: imports, groups, loading."""
-        return self.events[0]["time"] - self.began
+        """Until training began: imports, groups, loading; all of it where training never began."""
+        begun = [event["time"] for event in self.events if event["event"] == "start"]
+        return (begun[0] if begun else self.last_sign) - self.began
 
     def total(self, event: str, key: str) -> float:
         return sum(e[key] for e in self.events if e["event"] == event)
@@ -76,22 +82,37 @@ class Start:
             hang = by_kind["hang"]
             return f"hang of rank {hang['rank']} on {hang['host']}"
         if "failure" in by_kind:
-            return by_kind["failure"]["reason"]
-        return by_kind["stop"]["reason"] if "stop" in by_kind else "no word (killed)"
+            return _kind_of(by_kind["failure"]["reason"])
+        if "stop" in by_kind:
+            return by_kind["stop"]["reason"]
+        return "no word (killed)" if self.iteration is not None else "no word (ended before it could train)"
+
+    @property
+    def was_told_to_end(self) -> bool:
+        kinds = {event["event"] for event in self.events}
+        return "stop" in kinds and not kinds & {"hang", "failure"}
 
     @property
     def is_finished(self) -> bool:
         return any(event.get("is_finished") for event in self.events)
 
 
+def _kind_of(reason: str) -> str:
+    """A failure's reason without what differs from one time to the next: step and rank in a checkpoint's file names."""
+    return re.sub(r"__\d+_\d+\.distcp", "__RANK.distcp", re.sub(r"iter_\d+", "iter_STEP", reason))
+
+
 def split_by_start(events: list[dict], metrics: list[dict]) -> list[Start]:
     """Events and metrics by the start of the run that they belong to."""
-    events = [event for event in events if {"event", "time"} <= event.keys() and (event["event"] != "start" or "since" in event)]
-    first = next((i for i, event in enumerate(events) if event["event"] == "start"), len(events))
+    events = [event for event in events if {"event", "time"} <= event.keys() and (event["event"] not in BEGINNINGS or "since" in event)]
+    first = next((i for i, event in enumerate(events) if event["event"] in BEGINNINGS), len(events))
     starts: list[Start] = []
     for event in events[first:]:
+        is_known = bool(starts) and starts[-1].iteration is None and event.get("since") == starts[-1].began
+        if event["event"] in BEGINNINGS and not is_known:
+            starts.append(Start(event["since"]))
         if event["event"] == "start":
-            starts.append(Start(event["since"], event["iteration"]))
+            starts[-1].iteration = event["iteration"]
         starts[-1].events.append(event)
     borders = [start.events[0]["time"] for start in starts[1:]] + [float("inf")]
     for record in (record for record in metrics if "time" in record):
@@ -105,9 +126,11 @@ def report(starts: list[Start]) -> list[str]:
     """The lines that are printed."""
     last = starts[-1]
     wall = last.last_sign - starts[0].began
-    useful = max((r for r in last.records if "useful_seconds" in r), key=lambda record: record["time"])["useful_seconds"]
+    counted = [record for start in starts for record in start.records if "useful_seconds" in record]
+    useful = max(counted, key=lambda record: record["time"])["useful_seconds"] if counted else 0.0
     down = [max(0.0, later.began - earlier.last_sign) for earlier, later in pairwise(starts)]
-    lost = [max(0, earlier.last_iteration - later.iteration) for earlier, later in pairwise(starts)]
+    trained = [start for start in starts if start.iteration is not None]
+    lost = [max(0, earlier.last_iteration - later.iteration) for earlier, later in pairwise(trained)]
     spent = {
         "start-up": sum(start.startup_seconds for start in starts),
         "stalls of saves": sum(start.total("save", "stall_seconds") for start in starts),
@@ -116,17 +139,23 @@ def report(starts: list[Start]) -> list[str]:
     }
     spent["steps lost, skipped or rolled back, and the rest"] = max(0.0, wall - useful - sum(spent.values()))
     state = "finished" if last.is_finished else "not finished"
+    reached = max(start.last_iteration for start in [last, *trained[-1:]])
     lines = [
-        f"run                 {last.last_iteration:,} iterations, {state}, {clock(wall)} since its first start",
+        f"run                 {reached:,} iterations, {state}, {clock(wall)} since its first start",
         f"effective training  {useful / wall:.1%} of that time: {clock(useful)}",
         *(f"  {seconds / wall:>6.1%}  {clock(seconds)}  {what}" for what, seconds in spent.items()),
-        f"interruptions       {len(starts) - 1}; {sum(lost):,} steps lost and done again",
     ]
-    causes = Counter(start.cause_of_end() for start in starts[:-1])
-    lines += [f"  {count:>6}  {cause}" for cause, count in causes.most_common()]
+    told = Counter(start.cause_of_end() for start in starts[:-1] if start.was_told_to_end)
+    causes = Counter(start.cause_of_end() for start in starts[:-1] if not start.was_told_to_end)
+    lines += [f"interruptions       {causes.total()}; {sum(lost):,} steps lost and done again", *_counted(causes)]
+    lines += [f"stops asked for     {told.total()}", *_counted(told)]
     if not last.is_finished:
         lines.append(f"last word           {last.cause_of_end()}")
     return lines + trouble(starts)
+
+
+def _counted(causes: Counter) -> list[str]:
+    return [f"  {count:>6}  {cause}" for cause, count in causes.most_common()]
 
 
 def trouble(starts: list[Start]) -> list[str]:

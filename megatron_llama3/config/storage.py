@@ -43,7 +43,10 @@ def words(error: BaseException) -> str:
 
 
 def user_error(error: Exception, about: str = "") -> UserError:
-    """`about` and the error's words, as what ends a run: a StorageError where it may pass, else a UserError."""
+    """`about` and the error's words, as what ends a run: a StorageError where it may pass, else a UserError. An error that is that already
+    is returned."""
+    if isinstance(error, StorageError if is_passing(error) else UserError) and not about:
+        return error
     return (StorageError if is_passing(error) else UserError)(f"{about}{words(error)}")
 
 
@@ -68,10 +71,11 @@ def patiently(attempt: Callable[[], Result], minutes: float, speaks: bool = True
             result = attempt()
             break
         except (OSError, UserError) as error:
-            if wait is None or not is_passing(error):
-                raise user_error(error) if isinstance(error, OSError) else error from error
+            failure = user_error(error)
+            if wait is None or not isinstance(failure, StorageError):
+                raise failure  # noqa: B904 - it may be the same one
             if speaks and not failures:
-                print(f"storage fails: {words(error)}; tried again for up to {minutes:g} minutes", flush=True)
+                print(f"storage fails: {failure}; tried again for up to {minutes:g} minutes", flush=True)
         failures += 1
         await_storage(wait)
     if speaks and failures:

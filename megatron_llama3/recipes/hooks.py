@@ -17,7 +17,7 @@ from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.storage import patiently
 from megatron_llama3.data.loader import TrainingStream
-from megatron_llama3.parallel.groups import ParallelGroups
+from megatron_llama3.parallel.groups import ParallelGroups, said_by_rank_0
 from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.events import EventLog
 from megatron_llama3.training.garbage import ManualGarbageCollection
@@ -39,7 +39,7 @@ class Observers:
         """Collective."""
         self.is_rank_0 = groups.rank == 0
         self.events = EventLog(config)
-        self.logger = MetricsLogger(config, state) if self.is_rank_0 else None
+        self.logger = said_by_rank_0(groups, lambda: MetricsLogger(config, state), is_shared=False)
         self.watchdog = Watchdog(config.training, groups, self.events)
 
     def record(self, event: str, state: TrainState, **fields) -> None:

@@ -53,12 +53,15 @@ def _run(config: RunConfig, groups, streams, stop: StopReasons, lock, since: flo
     from megatron_llama3.checkpoint.start import find_start, load_start
     from megatron_llama3.recipes.hooks import Observers, hooks_in_order
     from megatron_llama3.training.build import build_engine
+    from megatron_llama3.training.events import EventLog
     from megatron_llama3.training.failures import noted_failures
     from megatron_llama3.training.loop import train
     from megatron_llama3.training.objectives import NextToken
     from megatron_llama3.training.profiling import memory_history
 
     say = partial(print, flush=True) if groups.rank == 0 else lambda line: None
+    if groups.rank == 0:
+        EventLog(config).add("launch", since=since)
     start = find_start(config, groups)  # refused before any weight is made if it does not fit
     engine, objective = build_engine(config, groups), NextToken()
     start, state = load_start(start, config, engine, streams[0])

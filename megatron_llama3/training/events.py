@@ -1,5 +1,6 @@
 """What happened to a run, over all its starts: `events.jsonl` beside `metrics.jsonl`, one JSON object a line.
 
+    launch    since (when the process began); a launch without a start ended before it could train
     start     iteration, loaded, world_size, since (when the process began)     save       iteration, stall_seconds
     skip      iteration, reason, loss, gradient_norm, data                      evaluate   iteration, seconds
     rollback  iteration, to, lost_updates                                       straggler  iteration, rank, host, factor
@@ -86,6 +87,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that hold: what a start did again from its checkpoint on takes the place of what a crashed one wrote."""
+    kept: dict[tuple, dict[str, Any]] = {}
+    last = 0
+    for record in read_lines(path):
+        iteration = record.get("iteration", 0)
+        kind = next((key for key in ("validation_loss", "save_stall_seconds", "lr") if key in record), "layers")
+        if iteration < last:
+            kept = {at: earlier for at, earlier in kept.items() if at[0] <= iteration}
+        kept[iteration, kind], last = record, iteration
+    return list(kept.values())
 
 
 def _jsonable(value: Any) -> Any:

@@ -70,8 +70,10 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
         if os.environ.get("RANK", "0") != "0":
             _let_others_speak_first()
         _exit(RESTART_STATUS if isinstance(error, StorageError) else 2, [f"error: {line}" for line in str(error).splitlines()])
-    except (SystemExit, KeyboardInterrupt):
+    except SystemExit:
         raise
+    except KeyboardInterrupt:
+        _exit(128 + signal.SIGINT, ["interrupted"] if os.environ.get("RANK", "0") == "0" else [])
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
         os._exit(1)
     except BaseException as error:  # some of torch's are no Exception
@@ -99,7 +101,7 @@ def _exit(status: int, lines: list[str]) -> None:
     with suppress(OSError):  # where output goes may be what is full or gone
         sys.stdout.flush()
     with suppress(OSError):
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr, flush=True)
     os._exit(status)
 
 

@@ -1,6 +1,8 @@
 """Why a run ends between two steps, agreed on by all ranks, and the exit status that follows. Imports torch only when asked to agree."""
 
+import os
 import signal
+import sys
 import time
 
 from megatron_llama3.config.run import RunConfig
@@ -10,10 +12,12 @@ RESTART_STATUS = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong with the run, and started again it goes on. scripts/pretrain.sbatch requeues itself on it."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+IMPATIENT_SECONDS = 3.0
+"""A second Ctrl-C after so long ends the process at once; a launcher passes the first one on, so that a rank gets it twice."""
 
 
 class StopReasons:
-    """--train-iters, --exit-interval, --exit-duration-in-mins (counted from here) and --exit-signal-handler (SIGTERM, SIGUSR1).
+    """--train-iters, --exit-interval, --exit-duration-in-mins (counted from here), Ctrl-C, and --exit-signal-handler (SIGTERM, SIGUSR1).
 
     Made as the first thing of a run, so that a signal during its start is kept until the first step is done and saved.
     """
@@ -21,7 +25,8 @@ class StopReasons:
     def __init__(self, config: RunConfig):
         self.training = config.training
         self.started = time.monotonic()
-        self.signalled = 0
+        self.signalled, self.interrupted = 0, 0.0
+        signal.signal(signal.SIGINT, self._on_interrupt)
         if self.training.exit_signal_handler:
             for number in SIGNALS:
                 signal.signal(number, self._on_signal)
@@ -36,9 +41,7 @@ class StopReasons:
         # Clocks and signals differ from rank to rank, so that these two are agreed on; what stands above is the same everywhere.
         if t.exit_duration_in_mins and _largest(time.monotonic() - self.started > 60 * t.exit_duration_in_mins, control):
             return "--exit-duration-in-mins is over"
-        if t.exit_signal_handler:
-            return f"{signal.Signals(self.signalled).name} was received" if self.is_hurried(control) else None
-        return None
+        return f"{signal.Signals(self.signalled).name} was received" if self.is_hurried(control) else None
 
     def is_hurried(self, control) -> bool:
         """Whether a signal came, to any rank of the `control` process group (collective)."""
@@ -51,6 +54,14 @@ class StopReasons:
 
     def _on_signal(self, number: int, _frame) -> None:
         self.signalled = number
+
+    def _on_interrupt(self, number: int, _frame) -> None:
+        now = time.monotonic()
+        if self.signalled and now - self.interrupted > IMPATIENT_SECONDS:
+            raise KeyboardInterrupt
+        if not self.signalled and os.environ.get("RANK", "0") == "0":
+            print("\ninterrupted: the run saves and ends after this step (again: at once, without saving)", file=sys.stderr, flush=True)
+        self.signalled, self.interrupted = number, now
 
 
 def _largest(here: int, control) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_llama3.checkpoint.native import metadata, open_native_tensors
+from megatron_llama3.checkpoint.native import manifest, metadata, open_native_tensors
 from megatron_llama3.checkpoint.native.threaded_writer import ThreadedWriter
 from megatron_llama3.config import storage
 from megatron_llama3.training.events import read_lines
@@ -116,7 +116,7 @@ def test_one_rank_that_fails_to_read_at_the_start_is_waited_for(data, tmp_path, 
         elif where == "tensors":
             FileSystemReader.read_data = stale_twice(FileSystemReader.read_data, 3)
         else:
-            os.stat = stale_twice(os.stat, 0)
+            manifest.is_there = stale_twice(manifest.is_there, 0)
 
     half = f"{RUN} --data-path {data} --save {tmp_path} --auto-resume"
     assert statuses(start(f"{half} --exit-interval 12", 4, tmp_path / "log")) == [0] * 4

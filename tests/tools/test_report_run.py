@@ -50,7 +50,36 @@ def test_time_and_causes(folder):
         "9.0% 0:00:09 steps lost, skipped or rolled back, and the rest",
     ]
     assert lines[7:10] == ["interruptions 2; 3 steps lost and done again", "1 no word (killed)", "1 hang of rank 3 on n7"]
-    assert lines[10].startswith("skipped steps 1;")  # done twice, one step
+    assert lines[10] == "stops asked for 0"
+    assert lines[11].startswith("skipped steps 1;")  # done twice, one step
+
+
+def test_ends_that_were_asked_for_early_deaths_and_kinds_of_failures(tmp_path):
+    failed = "runs/a/iter_{:07d}.partial/__{}_0.distcp: No space left on device"
+    events = [
+        {"event": "launch", "time": 1, "since": 0},
+        {"event": "launch", "time": 3, "since": 2},  # the one before died in loading
+        {"event": "start", "time": 5, "since": 2, "iteration": 0, "useful_seconds": 0},
+        {"event": "stop", "time": 10, "iteration": 4, "reason": "--exit-duration-in-mins 1 is over", "useful_seconds": 4},
+        {"event": "start", "time": 12, "since": 11, "iteration": 4, "useful_seconds": 4},
+        {"event": "failure", "time": 15, "iteration": 6, "reason": failed.format(6, 1)},
+        {"event": "launch", "time": 16, "since": 16},
+        {"event": "start", "time": 17, "since": 16, "iteration": 4, "useful_seconds": 4},
+        {"event": "failure", "time": 18, "iteration": 5, "reason": failed.format(5, 3)},
+        {"event": "launch", "time": 20, "since": 19},
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    lines = [" ".join(line.split()) for line in run(tmp_path).stdout.splitlines()]
+    assert lines[0] == "run 5 iterations, not finished, 0:00:20 since its first start"
+    assert lines[2] == "35.0% 0:00:07 start-up"
+    assert lines[7:12] == [
+        "interruptions 3; 2 steps lost and done again",
+        "2 runs/a/iter_STEP.partial/__RANK.distcp: No space left on device",
+        "1 no word (ended before it could train)",
+        "stops asked for 1",
+        "1 --exit-duration-in-mins 1 is over",
+    ]
+    assert lines[12] == "last word no word (ended before it could train)"
 
 
 def test_pictures(folder):

@@ -10,13 +10,21 @@ import pytest
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
-from megatron_llama3.training.events import EventLog, append_line, read_lines
+from megatron_llama3.training.events import EventLog, append_line, read_lines, read_metrics
 from megatron_llama3.training.failures import has_lost_contact, noted_failures
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.straggler import slow_ranks
 from megatron_llama3.training.whereabouts import place_of_error, place_of_thread
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:53386. This is typically"
+
+
+def test_what_a_start_did_again_takes_the_place_of_what_a_crashed_one_wrote(tmp_path):
+    before, lost = [(4, "loss", 3.0), (4, "validation_loss", 3.1)], [(5, "loss", 9.0), (6, "loss", 9.0), (6, "validation_loss", 9.0)]
+    for iteration, key, value in [*before, *lost, (5, "loss", 2.0), (7, "loss", 1.0)]:
+        append_line(tmp_path / "metrics.jsonl", {"iteration": iteration, key: value})
+    found = [(record["iteration"], *list(record.items())[1]) for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert found == [(4, "loss", 3.0), (4, "validation_loss", 3.1), (5, "loss", 2.0), (7, "loss", 1.0)]
 
 
 def test_a_torn_line_is_ended_and_passed_over(tmp_path):

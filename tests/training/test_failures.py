@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_llama3.config.errors import UserError
+from megatron_llama3.config.storage import StorageError
 from megatron_llama3.training import failures
 from megatron_llama3.training.failures import has_lost_contact, run_and_exit
 
@@ -30,7 +31,9 @@ def end(monkeypatch, capsys):
         monkeypatch.setattr(failures, "os", SimpleNamespace(_exit=exit_now, environ=environment))
         monkeypatch.setattr(failures, "time", SimpleNamespace(sleep=slept.append))
         monkeypatch.setattr(failures, "socket", SimpleNamespace(gethostname=lambda: "node7"))
-        own = SimpleNamespace(SIGTERM=signal.SIGTERM, SIG_DFL=signal.SIG_DFL, signal=lambda *how: handlers.append(how))
+        own = SimpleNamespace(
+            SIGTERM=signal.SIGTERM, SIGINT=signal.SIGINT, SIG_DFL=signal.SIG_DFL, signal=lambda *how: handlers.append(how)
+        )
         monkeypatch.setattr(failures, "signal", own)
 
         def main():
@@ -89,14 +92,25 @@ def test_a_reader_that_has_seen_enough_is_no_fault_to_tell_of(end):
     assert end(BrokenPipeError(), 0) == (1, [], [], [])
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
-def test_who_ends_the_program_on_purpose_is_let_through(error):
+def test_who_ends_the_program_on_purpose_is_let_through():
+    error = SystemExit(3)
+
     def main():
         raise error
 
-    with pytest.raises(type(error)) as caught:
+    with pytest.raises(SystemExit) as caught:
         run_and_exit(main)
     assert caught.value is error
+
+
+@pytest.mark.parametrize("rank, lines", [(None, ["interrupted"]), (0, ["interrupted"]), (2, [])])
+def test_a_second_interrupt_is_one_line_of_the_first_rank(end, rank, lines):
+    assert end(KeyboardInterrupt(), rank) == (130, lines, [], [])
+
+
+@pytest.mark.parametrize("rank, seconds", [(0, []), (3, [3.5])])
+def test_a_file_system_that_failed_for_too_long_restarts_the_run(end, rank, seconds):
+    assert end(StorageError("--save: no space left"), rank)[:3] == (75, ["error: --save: no space left"], seconds)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.model.counts import flops_per_token
-from megatron_llama3.training import metrics
+from megatron_llama3.training import metrics, wandb_run
 from megatron_llama3.training.metrics import MetricsLogger
 from megatron_llama3.training.state import TrainState
 from megatron_llama3.training.step import StepResult
@@ -165,8 +165,14 @@ def test_weights_and_biases_gets_an_offline_run(tmp_path, monkeypatch):
 def wandb(monkeypatch):
     """A stand-in for the package; its list of calls."""
     calls = []
-    run = SimpleNamespace(log=lambda record, step: calls.append(("log", step, record["iteration"])), finish=lambda: calls.append("finish"))
-    module = SimpleNamespace(init=lambda **how: calls.append(how) or run, teardown=lambda: calls.append("teardown"))
+    run = SimpleNamespace(
+        id="r1",
+        config=SimpleNamespace(update=lambda values, allow_val_change: calls.append(values)),
+        define_metric=lambda name, step_metric: calls.append((name, step_metric)),
+        log=lambda record: calls.append(("log", record["iteration"])),
+        finish=lambda: calls.append("finish"),
+    )
+    module = SimpleNamespace(init=lambda **how: calls.append(how) or run, teardown=lambda: calls.append("teardown"), Error=ValueError)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return calls
 
@@ -178,10 +184,12 @@ def test_what_weights_and_biases_is_told(tmp_path, monkeypatch, wandb, folder, l
     logger = MetricsLogger(config, TrainState())
     logger.evaluated(TrainState(iteration=3), 2.0)
     logger.close()
-    how, *calls = wandb
-    assert how.pop("config")["training"]["train_iters"] == 6
-    assert {name: str(value) for name, value in how.items()} == {"project": "p", "name": "n", "dir": expected, "mode": "offline"}
-    assert calls == [("log", 3, 3), "finish", "teardown"], "its own process writes the file, and is waited for"
+    how, values, *calls = wandb
+    assert values["training"]["train_iters"] == 6
+    what = {"project": "p", "name": "n", "dir": expected, "mode": "offline", "id": "None", "resume": "allow"}
+    assert {name: str(value) for name, value in how.items()} == what
+    assert calls == [("*", "iteration"), ("log", 3), "finish", "teardown"], "its own process writes the file, and is waited for"
+    assert log_dir is None or (tmp_path / log_dir / wandb_run.ID_FILE).read_text() == "r1"
 
 
 def test_nothing_is_started_that_nobody_asked_for(tmp_path, wandb):
@@ -194,7 +202,8 @@ def test_nothing_is_started_that_nobody_asked_for(tmp_path, wandb):
 
 def test_tensorboards_steps_begin_after_the_checkpoint(tmp_path, monkeypatch):
     calls = []
-    writer = SimpleNamespace(add_scalar=lambda *what: calls.append(what), close=lambda: calls.append("close"))
+    monkeypatch.chdir(tmp_path)
+    writer = SimpleNamespace(add_scalar=lambda *what: calls.append(what), flush=list, close=lambda: calls.append("close"))
     module = SimpleNamespace(SummaryWriter=lambda folder, purge_step: calls.append((folder, purge_step)) or writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     logger = MetricsLogger(config_for(tmp_path, tensorboard_dir="here"), TrainState(iteration=7))
@@ -257,3 +266,13 @@ def test_norms_of_layers_are_a_record_of_their_own(tmp_path):
     (record,) = map(json.loads, logger.path.read_text().splitlines())
     del record["time"]
     assert record == {"iteration": 1, "consumed_tokens": 128, "gradient_norm/layers.0": 0.3, "gradient_norm/norm": 0.4}
+
+
+@pytest.mark.slow
+def test_all_starts_of_a_run_are_one_run_of_weights_and_biases(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for _ in range(2):
+        log_two_steps(config_for(tmp_path, wandb_project="test", wandb_save_dir=str(tmp_path)), monkeypatch)
+    ids = {path.name.split("-")[3] for path in tmp_path.glob("wandb/offline-run-*")}
+    assert ids == {(tmp_path / wandb_run.ID_FILE).read_text()}

@@ -16,7 +16,7 @@ from megatron_llama3.training.stop import RESTART_STATUS, StopReasons
 @pytest.fixture
 def reasons(monkeypatch):
     """reasons(**training flags) of a job of one rank whose clock stands at 1,000 s; handlers of signals are put back."""
-    handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (*stop.SIGNALS, signal.SIGINT)}
     monkeypatch.setattr(stop, "_largest", lambda here, control: int(here))
     monkeypatch.setattr(stop.time, "monotonic", lambda: 1000.0)
 
@@ -71,13 +71,35 @@ def test_without_the_flag_signals_are_left_alone(reasons):
     assert [signal.getsignal(number) for number in stop.SIGNALS] == before
 
 
-def test_a_signal_and_a_duration_are_asked_of_all_ranks_only_where_wanted(reasons, monkeypatch):
+def test_an_interrupt_ends_it_after_the_step_without_any_flag(reasons, monkeypatch, capsys):
+    """torchrun passes on what the terminal sent already; only one that comes later is a second one."""
+    monkeypatch.setenv("RANK", "0")
+    found = reasons()
+    os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(stop.time, "monotonic", lambda: 1002.9)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert capsys.readouterr().err == "\ninterrupted: the run saves and ends after this step (again: at once, without saving)\n"
+    assert found.after(TrainState(6), None) == "SIGINT was received"
+    assert (found.exit_status(TrainState(6)), found.exit_status(TrainState(100))) == (75, 0)
+    monkeypatch.setattr(stop.time, "monotonic", lambda: 1006.0)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_all_ranks_are_asked_for_signals_and_for_a_duration_where_there_is_one(reasons, monkeypatch):
     asked = []
     monkeypatch.setattr(stop, "_largest", lambda here, control: asked.append((int(here), control)) or 0)
     reasons().after(TrainState(5), "control")
-    assert asked == []
+    assert asked == [(0, "control")]
     reasons(exit_duration_in_mins=1, exit_signal_handler=True).after(TrainState(5), "control")
-    assert asked == [(0, "control")] * 2
+    assert asked == [(0, "control")] * 3
+
+
+@pytest.mark.parametrize("signalled", [0, signal.SIGUSR1])
+def test_a_signal_hurries_the_last_save(reasons, signalled):
+    found = reasons()
+    found.signalled = signalled
+    assert found.is_hurried("control") == bool(signalled)
 
 
 def _agreed() -> tuple[int, str | None]:
