@@ -9,6 +9,7 @@ from torch.futures import Future
 from megatron_llama3.checkpoint.lazy_tensor import BLOCK_BYTES, WeightSource
 from megatron_llama3.checkpoint.native.metadata import whole_tensors
 from megatron_llama3.checkpoint.native.weights import MODEL_PREFIX
+from megatron_llama3.training.progress import moved
 
 
 class WeightReader(StorageReader):
@@ -36,6 +37,7 @@ class WeightReader(StorageReader):
         for row in range(0, count, step):
             rows = source.rows(start + row, start + min(row + step, count))
             target[row : row + step].copy_(rows[(slice(None), *columns)])
+            moved(rows.nbytes)
         planner.commit_tensor(item, target)
 
     # dcp.load asks these; there is nothing to prepare and one source to read from.

@@ -30,17 +30,18 @@ from megatron_llama3.training.step import StepResult
 from megatron_llama3.training.stop import StopReasons
 from megatron_llama3.training.straggler import StragglerReport
 from megatron_llama3.training.watchdog import Watchdog
+from megatron_llama3.training.whereabouts import SAVE
 
 
 class Observers:
     """Who hears of what hooks do. Metrics and most events are rank 0's to write; the watchdog of each rank sees that it goes on."""
 
-    def __init__(self, config: RunConfig, groups: ParallelGroups, state: TrainState):
+    def __init__(self, config: RunConfig, groups: ParallelGroups, state: TrainState, events: EventLog, watchdog: Watchdog):
         """Collective."""
         self.is_rank_0 = groups.rank == 0
-        self.events = EventLog(config)
+        self.events = events
         self.logger = said_by_rank_0(groups, lambda: MetricsLogger(config, state), is_shared=False)
-        self.watchdog = Watchdog(config.training, groups, self.events)
+        self.watchdog = watchdog
 
     def record(self, event: str, state: TrainState, **fields) -> None:
         """Keeps an event of the run, once."""
@@ -197,6 +198,7 @@ def saving(saves: PatientSaves, stream: TrainingStream, config: RunConfig, obser
         if not (is_last or is_due or saves.is_retry_due()):
             return
         started = time.monotonic()
+        observers.watchdog.announce(SAVE)
         has_begun = saves.save_last(state, stream) if is_last else saves.save(state, stream)
         stalled = time.monotonic() - started
         observers.training_paused(stalled)

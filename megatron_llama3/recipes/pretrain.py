@@ -58,17 +58,22 @@ def _run(config: RunConfig, groups, streams, stop: StopReasons, lock, since: flo
     from megatron_llama3.training.loop import train
     from megatron_llama3.training.objectives import NextToken
     from megatron_llama3.training.profiling import memory_history
+    from megatron_llama3.training.watchdog import Watchdog
+    from megatron_llama3.training.whereabouts import LOAD
 
     say = partial(print, flush=True) if groups.rank == 0 else lambda line: None
+    events, watchdog = EventLog(config), Watchdog(config.training, groups, EventLog(config))  # its thread has a log of its own
     if groups.rank == 0:
-        EventLog(config).add("launch", since=since)
+        events.add("launch", since=since)
     start = find_start(config, groups)  # refused before any weight is made if it does not fit
     engine, objective = build_engine(config, groups), NextToken()
+    if start is not None:
+        watchdog.announce(LOAD)
     start, state = load_start(start, config, engine, streams[0])
     say(_kernels(config, engine))
     say(f"loaded {start.folder} at iteration {state.iteration}" if start else "starting from initial weights")
 
-    observers = Observers(config, groups, state)
+    observers = Observers(config, groups, state, events, watchdog)
     hooks = hooks_in_order(engine, objective, streams, config, observers, start, stop)
     hooks += [lambda *step: lock.check()] if lock is not None else []
     observers.record("start", state, since=since, loaded=start and str(start.folder), world_size=config.parallel.world_size)

@@ -2,7 +2,8 @@
 
 Every rank has two threads. One publishes in the job's key-value store, every few seconds, that the process lives and where its training
 thread stands. The other sees when its own rank has made no step for --hang-timeout-seconds; since every step has collectives of all ranks,
-all ranks see it at about the same time. The first of them reads what the others published, and names
+all ranks see it at about the same time. A rank whose save or load moves bytes, that compiles, or that waits for storage to come back counts
+that in the store, and all ranks take it for progress. The first to notice that there is none reads what the others published, and names
 
 1. the ranks that no longer publish: stopped, swapped out, or on a dead host; else
 2. those that are steps behind, or that do not wait in a collective while the others do.
@@ -28,29 +29,39 @@ from megatron_llama3.parallel.groups import ParallelGroups
 from megatron_llama3.parallel.torch_private import default_store
 from megatron_llama3.training.events import EventLog
 from megatron_llama3.training.flight_recorder import write_collectives
+from megatron_llama3.training.progress import bytes_moved
 from megatron_llama3.training.stop import RESTART_STATUS
-from megatron_llama3.training.whereabouts import PATIENT, place_of_thread
+from megatron_llama3.training.whereabouts import COMPILING, MOVING, STORAGE, Place, place_of_thread
 
 NAMED_AT_MOST = 8
 
 
+START_SHARE = 0.8
+"""What else a start does (files, weights, first collectives) and compilation may take this share of the collectives' own limit: then the
+rank is still named before they fail on the others."""
+
+
 class Watchdog:
-    """Made by the training thread of every rank (collective), which calls it after each step and each batch of an evaluation."""
+    """Made by the training thread of every rank (collective), which calls it after each step and each batch of an evaluation, and before
+    it saves or loads."""
 
     def __init__(self, config: TrainingConfig, groups: ParallelGroups, events: EventLog):
         self.timeout, self.events = config.hang_timeout_seconds, events
-        self.patience = max(self.timeout, 60.0 * config.distributed_timeout_minutes)
+        self.start_patience = max(self.timeout, START_SHARE * 60.0 * config.distributed_timeout_minutes)
         self.rank, self.world_size, self.on_gpu = groups.rank, dist.get_world_size(), groups.device.type == "cuda"
         self.interval = min(10.0, self.timeout / 5)
         self.thread = threading.get_ident()
         self.beats, self.iteration, self.last_beat = 0, 0, time.monotonic()
+        self.tick, self.moved = 0, bytes_moved()
+        self.signs, self.last_sign = 0, self.last_beat
+        """of any rank's progress that is no step"""
         self.stopped = threading.Event()
         if not self.timeout or dist.get_backend() == "fake":
             return
         # A connection of its own: the default store's may be held by whoever waits for a key.
         self.store = dist.PrefixStore("watchdog", default_store().clone())
         self.hosts = _gather_hosts(groups)
-        self._publish(0)
+        self._publish()
         dist.barrier(groups.control)
         for loop in (self._publish_loop, self._watch_loop):
             threading.Thread(target=loop, name="watchdog", daemon=True).start()
@@ -61,6 +72,12 @@ class Watchdog:
         self.iteration = self.iteration if iteration is None else iteration
         self.last_beat = time.monotonic()
 
+    def announce(self, phase: str) -> None:
+        """Publishes what the training thread is about to do: one that stops in it at once would be seen in what came before."""
+        if self.timeout and hasattr(self, "store"):
+            with suppress(RuntimeError):  # as in the loop
+                self._publish(phase)
+
     def stop(self) -> None:
         """Before ranks leave the job, each in its own time."""
         self.stopped.set()
@@ -68,26 +85,51 @@ class Watchdog:
     # --- the two threads ---
 
     def _publish_loop(self) -> None:
-        tick = 0
         while not self.stopped.wait(self.interval):
-            tick += 1
+            self.tick += 1
             try:
-                self._publish(tick)
+                self._tell()
             except RuntimeError:
                 return  # the store is gone with the rank or launcher that holds it; what follows from that is not this thread's business
 
-    def _publish(self, tick: int) -> None:
+    def _tell(self) -> None:
+        if self._comes_further(self._publish()):
+            self.store.add("signs", 1)
+
+    def _publish(self, announced: str | None = None) -> Place:
         place = place_of_thread(self.thread, self.on_gpu)
-        status = {"tick": tick, "beats": self.beats, "iteration": self.iteration, "waits": place.is_waiting}
+        if announced is not None:
+            place = place._replace(phase=announced)
+        status = {"tick": self.tick, "beats": self.beats, "iteration": self.iteration, "waits": place.is_waiting}
         self.store.set(str(self.rank), json.dumps(status | {"phase": place.phase, "call": place.call}))
+        return place
+
+    def _comes_further(self, place: Place) -> bool:
+        """Whether this rank does something that is no hang, although it makes no step."""
+        before, self.moved = self.moved, bytes_moved()
+        if place.phase.endswith((STORAGE, *MOVING)):
+            return place.phase.endswith(STORAGE) or self.moved > before
+        is_starting = not self.beats and not place.is_waiting
+        is_early = time.monotonic() - self.last_beat <= self.start_patience
+        return is_early and (is_starting or place.phase.endswith(COMPILING))
 
     def _watch_loop(self) -> None:
         while not self.stopped.wait(self.interval):
-            idle = time.monotonic() - self.last_beat
-            if idle <= self.timeout:
-                continue
-            if idle > self.patience or not place_of_thread(self.thread, self.on_gpu).phase.endswith(PATIENT):
+            # Signs are looked for also while there is time: one that is seen late would count as given then.
+            if time.monotonic() - self.last_beat > self.interval and self._idle_seconds() > self._limit():
                 self._end()
+
+    def _limit(self) -> float:
+        """Seconds without progress that are a hang, here and now."""
+        is_starting = not self.beats and not place_of_thread(self.thread, self.on_gpu).phase.endswith(MOVING)
+        return self.start_patience if is_starting else self.timeout
+
+    def _idle_seconds(self) -> float:
+        """Since this rank made a step, or any rank gave another sign of progress."""
+        signs = _in_thread(lambda: self.store.add("signs", 0), self.interval)
+        if signs is not None and signs > self.signs:
+            self.signs, self.last_sign = signs, time.monotonic()
+        return time.monotonic() - max(self.last_beat, self.last_sign)
 
     # --- when it hangs ---
 
@@ -127,10 +169,13 @@ class Watchdog:
         for culprit in culprits[:NAMED_AT_MOST]:
             where = f"{culprit['state']} in {culprit['phase']} ({culprit['call']}) after iteration {culprit['iteration']}"
             _to_stderr(f"hang: rank {culprit['rank']} on {culprit['host']} {where}; no step for {self.timeout:g} s, the job ends")
-            with suppress(UserError):  # a full disk has no room for this
-                self.events.add("hang", **culprit, noticed_by=self.rank)
+            _in_thread(lambda culprit=culprit: self._keep(culprit), 2 * self.interval)  # a file system may be what hangs
         if len(culprits) > NAMED_AT_MOST:
             _to_stderr(f"hang: and {len(culprits) - NAMED_AT_MOST} more ranks")
+
+    def _keep(self, culprit: dict) -> None:
+        with suppress(UserError):  # a full disk has no room for this
+            self.events.add("hang", **culprit, noticed_by=self.rank)
 
     def _culprits(self) -> list[dict]:
         before = self._statuses()

@@ -4,6 +4,7 @@ Nothing in the training code has to report it, so it is right also where nobody 
 """
 
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -25,12 +26,20 @@ PHASES = {
     ("store.py", "save"): "save",
     ("store.py", "wait"): "waiting for a save",
     ("store.py", "load_checkpoint"): "loading a checkpoint",
+    ("store.py", "load_hf_weights"): "loading a checkpoint",
+    ("storage.py", "await_storage"): "waiting for storage",
     **{(f"{engine}_engine.py", name): phase for engine in ("fsdp2", "deepspeed") for name, phase in (
         ("finish_gradients", "gradient reduction"), ("optimizer_step", "optimizer"),
     )},
 }  # fmt: skip
-PATIENT = ("save", "waiting for a save", "loading a checkpoint")
-"""Phases that may take longer than steps do; the collectives' own timeout bounds them."""
+TORCH_PHASES = {("convert_frame.py", "_compile"): "compiling", ("compile_fx.py", "_compile_fx_inner"): "compiling"}
+"""of torch._dynamo and torch._inductor"""
+SAVE, LOAD, COMPILING, STORAGE = "save", "loading a checkpoint", "compiling", "waiting for storage"
+SAVING = (SAVE, "waiting for a save")
+MOVING = (*SAVING, LOAD)
+"""Phases of which a watcher sees by the bytes they move that they come further."""
+_SAVING_THREADS = ("checkpoint-file", "AsyncCheckpointExecutor", "checkpoint")
+"""Names, without their numbers, of those that write a save in the background; each waits for the one before it."""
 
 # Where the main thread of a GPU run stands while the device works off its queue.
 SYNCHRONIZING = {("engine.py", name) for name in ("forward_backward", "_global_count", "clip_gradients")}
@@ -53,7 +62,22 @@ class Place(NamedTuple):
 def place_of_thread(thread: int, on_gpu: bool = False) -> Place:
     """Where a thread of this process is right now; `thread` is its `threading.get_ident()`."""
     frame = sys._current_frames().get(thread)
-    return _place([] if frame is None else list(traceback.walk_stack(frame)), on_gpu)
+    place = _place([] if frame is None else list(traceback.walk_stack(frame)), on_gpu)
+    if place.is_waiting or not place.phase.endswith(SAVING):
+        return place
+    background = _place_of_background_save()
+    return place if background is None else place._replace(call=background.call, is_waiting=background.is_waiting)
+
+
+def _place_of_background_save() -> Place | None:
+    """Of the thread that others of this process wait for; None where none works."""
+    frames = sys._current_frames()
+    threads = {thread.name.rpartition("_")[0]: thread.ident for thread in threading.enumerate()}
+    for name in _SAVING_THREADS:
+        frame = frames.get(threads.get(name))
+        if frame is not None and frame.f_code.co_name != "_worker":  # where a pool's thread waits for work
+            return _place(list(traceback.walk_stack(frame)))
+    return None
 
 
 def place_of_error(error: BaseException) -> Place:
@@ -98,7 +122,8 @@ def _is_in(frame: FrameType, package: str) -> bool:
 
 def _phase(frame: FrameType) -> str | None:
     code = frame.f_code
-    name = PHASES.get((Path(code.co_filename).name, code.co_name))
+    where = Path(code.co_filename).name, code.co_name
+    name = PHASES.get(where) or TORCH_PHASES.get(where)
     action = frame.f_locals.get("action") if name in ("forward", "backward", "weight gradients") else None
     return name if action is None else f"{name} of micro-batch {action.microbatch} in chunk {action.chunk}"
 

@@ -11,8 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_llama3.checkpoint import store
 from megatron_llama3.checkpoint.native import open_native_tensors
+from megatron_llama3.checkpoint.native.counted_files import _CountedFile
 from megatron_llama3.checkpoint.start import Start
+from megatron_llama3.checkpoint.store import CheckpointWriter
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.run import RunConfig
 from megatron_llama3.data.loader import TrainingStream
@@ -68,6 +71,71 @@ def test_a_stopped_rank_is_named_and_the_job_ends(data, tmp_path, victim):
     assert hang["rank"] == victim
     assert hang["state"].startswith("does not answer")
     assert re.search(rf"^hang: rank {victim} on \S+ does not answer", (tmp_path / "log").read_text(), re.M)
+
+
+def stopped_in(owner, name: str) -> None:
+    """Rank 2 stops at the beginning of its second call of that function, as a node does that is swapped out."""
+    function, calls = getattr(owner, name), []
+
+    def stops(*args):
+        calls.append(1)
+        if os.environ["RANK"] == "2" and len(calls) == (1 if name == "_load_tensors" else 2):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return function(*args)
+
+    setattr(owner, name, stops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("owner", "name", "phase"), [(CheckpointWriter, "save", "save"), (store, "_load_tensors", "loading a checkpoint")])
+def test_a_rank_that_stops_in_a_save_or_load_is_named_with_it(data, tmp_path, owner, name, phase):
+    """By --hang-timeout-seconds, and not by the ten minutes of a collective."""
+    flags = f"{FLAGS} --data-path {data} --train-iters 40 --save {tmp_path} --save-interval 4 --auto-resume {TWO_BY_TWO}"
+    if name == "_load_tensors":
+        assert statuses(start(f"{flags} --exit-interval 4", 4, tmp_path / "log")) == [0] * 4
+    began = time.monotonic()
+    ranks = start(f"{flags} --hang-timeout-seconds 5", 4, tmp_path / "log", lambda: stopped_in(owner, name))
+    assert statuses([ranks[rank] for rank in (0, 1, 3)]) == [75] * 3
+    assert time.monotonic() - began < 100
+    ranks[2].kill()
+    (hang,) = events(tmp_path, "hang")
+    assert (hang["rank"], hang["state"], hang["phase"]) == (2, "does not answer, last seen", phase)
+    assert re.search(rf"^hang: rank 2 on \S+ does not answer, last seen in {phase} ", (tmp_path / "log").read_text(), re.M)
+
+
+@pytest.mark.slow
+def test_a_file_that_is_never_written_names_the_rank_that_waits_for_its_disk(data, tmp_path):
+    """In the background, while the others wait for it in a collective of their own background threads."""
+
+    def stuck_on_rank_1() -> None:
+        sync, calls = os.fsync, []
+
+        def stuck(descriptor):
+            calls.append(1)
+            if os.environ["RANK"] == "1" and len(calls) == 2:
+                time.sleep(1000)
+            return sync(descriptor)
+
+        os.fsync = stuck
+
+    flags = f"{FLAGS} --data-path {data} --train-iters 40 --save {tmp_path} --save-interval 4 --hang-timeout-seconds 5"
+    assert statuses(start(flags, 2, tmp_path / "log", stuck_on_rank_1)) == [75, 75]
+    (hang,) = events(tmp_path, "hang")
+    assert (hang["rank"], hang["phase"], hang["state"]) == (1, "save, waiting for a save", "is behind, it is")
+    assert hang["call"].startswith("stuck (test_resilience.py")
+
+
+@pytest.mark.slow
+def test_a_save_that_is_slower_than_the_limit_is_no_hang(data, tmp_path):
+    def slow_disk() -> None:
+        write = _CountedFile.write
+        _CountedFile.write = lambda *args: (time.sleep(0.15), write(*args))[1]
+
+    flags = f"{FLAGS} --data-path {data} --train-iters 3 --save {tmp_path} --hang-timeout-seconds 2"
+    began = time.monotonic()
+    assert statuses(start(flags, 2, tmp_path / "log", slow_disk)) == [0, 0]
+    assert time.monotonic() - began > 4
+    assert events(tmp_path, "hang") == []
 
 
 @pytest.mark.slow

@@ -104,9 +104,9 @@ def publish(dog: Watchdog, rank: int, tick: int = 1, beats: int = 7, waits: bool
 # --- what it is made of ---
 
 
-@pytest.mark.parametrize("timeout, minutes, patience", [(5.0, 10, 600.0), (900.0, 10, 900.0), (0.5, 1, 60.0)])
-def test_a_save_may_take_as_long_as_the_longer_of_the_two_limits(watch, timeout, minutes, patience):
-    assert watch(timeout, minutes=minutes)[0].patience == patience
+@pytest.mark.parametrize("timeout, minutes, patience", [(5.0, 10, 480.0), (900.0, 10, 900.0), (0.5, 1, 48.0)])
+def test_a_start_may_take_most_of_the_collectives_limit(watch, timeout, minutes, patience):
+    assert watch(timeout, minutes=minutes)[0].start_patience == patience
 
 
 @pytest.mark.parametrize("timeout, interval", [(5.0, 1.0), (50.0, 10.0), (300.0, 10.0), (2.0, 0.4)])
@@ -146,7 +146,8 @@ def test_what_a_rank_publishes(watch, monkeypatch):
     dog, _ = watch(rank=2)
     dog.beat(31)
     stands_in(monkeypatch, "gradient norm", "all_reduce in clip", True)
-    dog._publish(5)
+    dog.tick = 5
+    dog._publish()
     here = {"phase": "gradient norm", "call": "all_reduce in clip"}
     assert published(dog, 2) == {"tick": 5, "beats": 1, "iteration": 31, "waits": True} | here
 
@@ -155,18 +156,18 @@ def test_it_publishes_at_every_interval_until_the_store_is_gone(watch, monkeypat
     dog, clock = watch(timeout=10.0)
     dog.stopped = Looks(clock, 3)
     ticks = []
-    monkeypatch.setattr(dog, "_publish", ticks.append)
+    monkeypatch.setattr(dog, "_tell", lambda: ticks.append(dog.tick))
     dog._publish_loop()
     assert (ticks, dog.stopped.waited) == ([1, 2, 3], [2.0] * 4)
 
-    def fails(tick: int) -> None:
-        ticks.append(tick)
+    def fails() -> None:
+        ticks.append(dog.tick)
         raise RuntimeError("Connection reset by peer")
 
-    monkeypatch.setattr(dog, "_publish", fails)
+    monkeypatch.setattr(dog, "_tell", fails)
     dog.stopped = Looks(clock, 3)
     dog._publish_loop()
-    assert ticks == [1, 2, 3, 1]
+    assert ticks == [1, 2, 3, 4]
 
 
 # --- when it ends the job ---
@@ -181,25 +182,79 @@ def ends_after(dog: Watchdog, clock: Clock, monkeypatch, looks: int) -> list[flo
     return ended
 
 
-def test_a_rank_that_is_idle_for_longer_than_the_limit_ends(watch, monkeypatch):
-    dog, clock = watch(timeout=5.0)
-    stands_in(monkeypatch, "forward and backward")
-    assert ends_after(dog, clock, monkeypatch, 7) == [6.0, 7.0], "not yet at 5.0"
+def trained(dog: Watchdog) -> Watchdog:
+    dog.beat(1)
+    return dog
 
 
-def test_a_beat_starts_the_time_anew(watch, monkeypatch):
+def test_a_rank_that_is_idle_for_longer_than_the_limit_ends(watch, monkeypatch, at_once):
     dog, clock = watch(timeout=5.0)
     stands_in(monkeypatch, "forward and backward")
-    assert ends_after(dog, clock, monkeypatch, 4) == []
+    assert ends_after(trained(dog), clock, monkeypatch, 7) == [6.0, 7.0], "not yet at 5.0"
+
+
+def test_a_beat_starts_the_time_anew(watch, monkeypatch, at_once):
+    dog, clock = watch(timeout=5.0)
+    stands_in(monkeypatch, "forward and backward")
+    assert ends_after(trained(dog), clock, monkeypatch, 4) == []
     dog.beat(1)
     assert ends_after(dog, clock, monkeypatch, 5) == []
 
 
-@pytest.mark.parametrize("phase", ["save", "evaluation, waiting for a save", "loading a checkpoint"])
-def test_a_save_has_the_patience_of_a_collective(watch, monkeypatch, phase):
+def test_before_the_first_step_it_has_the_patience_of_a_start(watch, monkeypatch, at_once):
     dog, clock = watch(timeout=30.0, minutes=1)  # it looks every 6 s
+    stands_in(monkeypatch, "forward and backward")
+    assert ends_after(dog, clock, monkeypatch, 9) == [54.0]
+
+
+@pytest.mark.parametrize("phase", ["loading a checkpoint", "save", "rolling back, waiting for a save"])
+def test_a_load_or_save_has_none_where_nothing_moves(watch, monkeypatch, at_once, phase):
+    dog, clock = watch(timeout=30.0, minutes=10)
     stands_in(monkeypatch, phase)
-    assert ends_after(dog, clock, monkeypatch, 12) == [66.0, 72.0]
+    assert ends_after(dog, clock, monkeypatch, 6) == [36.0]
+
+
+def test_it_lasts_as_long_as_any_rank_gives_a_sign(watch, monkeypatch, at_once):
+    dog, clock = watch(timeout=5.0)
+    stands_in(monkeypatch, "save")
+    signs = iter([0, 1, 1, 1, 1, 2, *[2] * 9])
+    dog.store = SimpleNamespace(add=lambda key, count: next(signs) if (key, count) == ("signs", 0) else 0)
+    # Looked at from 2 s on, every second: signs at 3 and at 7, then silence.
+    assert ends_after(trained(dog), clock, monkeypatch, 13) == [13.0]
+
+
+@pytest.mark.parametrize(
+    "phase, moves, has_trained, waits, gives",
+    [
+        *(("save", True, True, True, True), ("save", False, True, False, False), ("loading a checkpoint", True, False, False, True)),
+        *(("loading a checkpoint", False, False, True, False), ("loading a checkpoint, waiting for storage", False, False, False, True)),
+        *(("forward and backward", True, True, False, False), ("forward and backward, compiling", False, True, False, True)),
+        *(("between phases", False, False, False, True), ("between phases", False, False, True, False)),
+    ],
+)
+def test_what_is_a_sign_of_progress(watch, monkeypatch, phase, moves, has_trained, waits, gives):
+    dog, clock = watch(timeout=5.0, minutes=1)
+    if has_trained:
+        dog.beat(1)
+    stands_in(monkeypatch, phase, is_waiting=waits)
+    monkeypatch.setattr(module, "bytes_moved", lambda: dog.moved + moves)
+    before = dog.store.add("signs", 0)
+    dog._tell()
+    assert dog.store.add("signs", 0) - before == gives
+    clock.now = 49.0  # and no longer than a start may take
+    dog._tell()
+    assert dog.store.add("signs", 0) - before == gives * (2 if moves or phase.endswith("storage") else 1)
+
+
+def test_a_phase_is_announced_before_it_begins(watch, monkeypatch):
+    dog, _ = watch(rank=2)
+    stands_in(monkeypatch, "between phases", "hook (hooks.py:9)", False)
+    dog.announce("save")
+    assert (published(dog, 2)["phase"], published(dog, 2)["tick"]) == ("save", 0)
+
+
+def test_without_a_limit_nothing_is_announced(watch):
+    watch(timeout=0.0)[0].announce("save")
 
 
 # --- whom it names ---
@@ -256,7 +311,7 @@ def test_of_ranks_that_answer_those_behind_are_named(watch, beats, waits, named)
     ]
 
 
-def test_each_culprit_is_a_line_and_an_event_and_many_are_counted(watch, capfd, tmp_path):
+def test_each_culprit_is_a_line_and_an_event_and_many_are_counted(watch, at_once, capfd, tmp_path):
     dog, _ = watch(timeout=7.5)
     culprit = {"host": "node3", "state": "is behind, it is", "iteration": 12, "phase": "save", "call": "fsync (store.py:9)"}
     dog._report([{"rank": rank} | culprit for rank in range(10)])
@@ -269,7 +324,7 @@ def test_each_culprit_is_a_line_and_an_event_and_many_are_counted(watch, capfd, 
     assert len(capfd.readouterr().err.splitlines()) == 8
 
 
-def test_a_full_disk_keeps_no_culprit_from_being_named(watch, monkeypatch, capfd):
+def test_a_full_disk_keeps_no_culprit_from_being_named(watch, at_once, monkeypatch, capfd):
     dog, _ = watch()
 
     def add(*_, **__):

@@ -4,12 +4,14 @@ import ast
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import megatron_llama3
 from megatron_llama3.training import whereabouts
-from megatron_llama3.training.whereabouts import PATIENT, PHASES, SYNCHRONIZING, Place, place_of_error
+from megatron_llama3.training.whereabouts import PHASES, SYNCHRONIZING, Place, place_of_error
 
 PACKAGE = Path(megatron_llama3.__file__).parent
 
@@ -42,8 +44,34 @@ def test_the_executor_names_its_action_action(name):
     assert PHASES["pipeline_parallel.py", name] in ("forward", "backward", "weight gradients")
 
 
-def test_patient_phases_are_phases():
-    assert set(PATIENT) <= set(PHASES.values())
+def test_what_the_watchdog_treats_apart_are_phases():
+    assert {*whereabouts.MOVING, whereabouts.STORAGE} <= set(PHASES.values())
+    assert whereabouts.COMPILING in whereabouts.TORCH_PHASES.values()
+
+
+@pytest.mark.parametrize("file, name", whereabouts.TORCH_PHASES)
+def test_torch_compiles_in_functions_of_these_names(file, name):
+    (path,) = [path for folder in ("_dynamo", "_inductor") for path in (Path(torch.__file__).parent / folder).glob(file)]
+    assert name in {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("busy, waits", [("checkpoint-file_0", False), ("AsyncCheckpointExecutor_0", True), ("checkpoint_0", False)])
+def test_who_waits_for_a_save_stands_where_its_background_thread_stands(monkeypatch, busy, waits):
+    """The main thread waits for a future, which says nothing of whom the job waits for."""
+    idle = stack_of(("thread.py", "_worker", "concurrent.futures.thread"))[0][0]
+    collective = (("distributed_c10d.py", "gather_object", DIST), ("c10d_logger.py", "wrapper", "torch.distributed.c10d_logger"))
+    works = (("x.py", "outer", OURS), *collective[::-1]) if waits else (("x.py", "outer", OURS), ("publish.py", "sync", OURS))
+    frames = {1: stack_of(("store.py", "wait", OURS), ("_base.py", "result", "concurrent.futures._base"))[0][0]}
+    frames |= {2: stack_of(*works)[0][0], 3: idle}
+    monkeypatch.setattr(whereabouts.sys, "_current_frames", lambda: frames)
+    names = [SimpleNamespace(name=busy, ident=2), SimpleNamespace(name="MainThread", ident=1)]
+    names += [SimpleNamespace(name="checkpoint_0", ident=3)] * (busy != "checkpoint_0")
+    monkeypatch.setattr(whereabouts.threading, "enumerate", lambda: names)
+    place = whereabouts.place_of_thread(1)
+    call = "gather_object in outer (x.py:10)" if waits else "sync (publish.py:10)"
+    assert place == Place("waiting for a save", call, waits, False)
+    frames[2] = idle
+    assert whereabouts.place_of_thread(1).call == "result (_base.py:10)"
 
 
 def stack_of(*calls: tuple[str, str, str], action=None) -> list:

@@ -21,6 +21,7 @@ from megatron_llama3.checkpoint.native.metadata import METADATA_FILE, stored_ten
 from megatron_llama3.config.command_line import load_run_config
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.storage import is_passing, is_there, user_error
+from megatron_llama3.training.progress import moved
 
 MANIFEST_FILE = "manifest.json"
 SMALL_FILES = (METADATA_FILE, CONFIG_FILE, STATE_FILE)
@@ -57,6 +58,7 @@ def crc_of_part(path: Path, offset: int, length: int) -> int:
         file.seek(offset)
         while length and (count := file.readinto(block[: min(length, len(block))])):
             crc, length = crc32(block[:count], crc), length - count
+            moved(count)
     return crc
 
 

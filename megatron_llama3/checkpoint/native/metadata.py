@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, filesystem, metadata
 
 from megatron_llama3.checkpoint.files.torch_archive import unpickle
+from megatron_llama3.checkpoint.native.counted_files import CountedFiles
 from megatron_llama3.config.errors import UserError
 
 METADATA_FILE = ".metadata"
@@ -152,7 +153,10 @@ class SafeFileSystemReader(FileSystemReader):
     that rank alone, and hangs.
     """
 
-    content: metadata.Metadata | None = None
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.fs = CountedFiles()
+        self.content: metadata.Metadata | None = None
 
     def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
         if self.content is None:

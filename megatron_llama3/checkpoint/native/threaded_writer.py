@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_llama3.checkpoint.native.counted_files import CountedFiles
 from megatron_llama3.parallel.tensor_parallel import local_part
 
 MOST_THREADS = 4
@@ -34,6 +35,7 @@ def files_of_rank(folder: Path, rank: int) -> list[Path]:
 class ThreadedWriter(dcp.FileSystemWriter):
     def __init__(self, folder: Path, threads: int):
         super().__init__(folder, sync_files=True)
+        self.fs = CountedFiles()
         self.threads = threads
         self.starts: dict[str, list[int]] = {}
         """Of each file that was written, where its tensors begin."""
