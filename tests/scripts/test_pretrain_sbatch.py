@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Runs the script as attempt `attempt`; `python` is the body of the program that each of two tasks runs. Returns its result."""
+    """Runs the script as attempt `attempt`; `python` is the body of the program that each of two tasks runs. `fits` is what it does
+    when it is asked how many ranks fit. Returns its result."""
     commands = {
         # Many nodes: a script that stopped reading after the first would break the pipe and end without a word.
         "scontrol": """case "$*" in
@@ -29,8 +30,9 @@ def slurm(tmp_path):
     variables = {"SLURM_JOB_NODELIST": "gpu[7-20000]", "SLURM_JOB_ID": "31234", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "llama3"}
     variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "LOGS": str(tmp_path / "logs")}
 
-    def run(python: str, *flags: str, attempt: int = 0, **more: str) -> subprocess.CompletedProcess:
-        for name, text in {**commands, "python": python}.items():
+    def run(python: str, *flags: str, attempt: int = 0, fits: str = "true", **more: str) -> subprocess.CompletedProcess:
+        asked = f"[[ $* != *fit_world* ]] || {{ {fits}; exit; }}"
+        for name, text in {**commands, "python": f"{asked}\n{python}"}.items():
             path = tmp_path / name
             path.write_text(f"#!/usr/bin/env bash\n{text}\n")
             path.chmod(0o755)
@@ -59,7 +61,7 @@ def test_each_task_has_its_rank_and_one_rendezvous(slurm):
 
 def test_srun_gets_the_flags_of_the_environment(slurm, tmp_path):
     slurm("true", SRUN_FLAGS="--container-image=a.sqsh --container-mounts=/b:/b")
-    assert (tmp_path / "logs" / "srun").read_text().startswith("srun --container-image=a.sqsh --container-mounts=/b:/b --kill")
+    assert (tmp_path / "logs" / "srun").read_text().startswith("srun --container-image=a.sqsh --container-mounts=/b:/b --nodes")
 
 
 def test_a_saved_run_is_requeued_without_end(slurm):
@@ -135,3 +137,25 @@ def test_the_rendezvous_is_where_rank_0_is_placed(slurm, tmp_path):
     arbitrary = {"SLURM_DISTRIBUTION": "arbitrary", "SLURM_HOSTFILE": str(tmp_path / "hosts"), "SLURM_JOB_NODELIST": "none"}
     done = slurm('echo "at $MASTER_ADDR"', **arbitrary)
     assert "at 10.0.0.7" in done.stdout
+
+
+def test_of_the_nodes_that_are_there_as_many_are_used_as_the_flags_fit_on(slurm):
+    """And the next attempt says what has changed."""
+    show, asked = (
+        'echo "of $WORLD_SIZE"',
+        'echo "$LARGEST of $STEP" >"$LOGS/asked"; echo $((LARGEST - GIVE)); echo "DP $((LARGEST - GIVE))"',
+    )
+    first = slurm(show, fits=asked, GIVE="0", SLURM_JOB_NUM_NODES="3", SLURM_NTASKS_PER_NODE="4")
+    assert "12 tasks on 3 of 3 nodes: DP 12 (gpu[7-20000])" in first.stdout
+    assert first.stdout.count("\nof 12\n") == 2
+    assert "others than before" not in first.stdout
+    fewer = slurm(show, attempt=1, fits=asked, GIVE="4", SLURM_JOB_NUM_NODES="2", SLURM_NTASKS_PER_NODE="4")
+    changed = "4 tasks on 1 of 2 nodes: DP 4 (before: 12 tasks on 3 of 3 nodes: DP 12)"
+    assert f"the nodes are others than before, and the run goes on with the same batches: {changed}" in fewer.stdout
+    assert fewer.stdout.count("\nof 4\n") == 2
+
+
+@pytest.mark.parametrize("fits", ["exit 127", "echo error: --lr is no flag >&2; exit 2", "echo 4"])
+def test_where_that_cannot_be_told_all_tasks_start_and_say_what_is_wrong(slurm, fits):
+    done = slurm('echo "of $WORLD_SIZE"', fits=fits, SLURM_JOB_NUM_NODES="2", SLURM_NTASKS_PER_NODE="4")
+    assert done.stdout.count("\nof 8\n") == 2
