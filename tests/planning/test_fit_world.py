@@ -9,17 +9,6 @@ FLAGS = [
     *("--num-layers", "4", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
     *("--global-batch-size", "24", "--data-path", "x"),
 ]
-    "--num-layers",
-    "4",
-    "--tensor-model-parallel-size",
-    "2",
-    "--pipeline-model-parallel-size",
-    "2",
-    "--global-batch-size",
-    "24",
-    "--data-path",
-    "x",
-]
 
 
 @pytest.mark.parametrize(

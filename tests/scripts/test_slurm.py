@@ -4,6 +4,7 @@ installed, and not even there if REQUIRE_SLURM is set, as .ci/run does."""
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -109,6 +110,79 @@ def test_a_job_survives_preemption_a_killed_rank_and_a_lost_node(slurm, inputs, 
     assert exits[:2] == ["attempt 0, rank 0 on n1: status 75 after a signal", "attempt 1, rank 3 on n2: status 137"]
     assert len(list((tmp_path / "logs").glob("rank_*.log"))) == 4
     assert not Path(f"/proc/{hung}").exists()
+
+
+def test_a_node_lost_for_good_ends_no_run(slurm, inputs, tmp_path):
+    """Of one or two nodes it has two, then one: half the data-parallel ranks, twice the micro-batches, the same batches."""
+    whole, shrunk, log = tmp_path / "whole", tmp_path / "shrunk", tmp_path / "job.log"
+    slurm.run("bash", *RUN, CHECKPOINTS=str(whole), GPUS_PER_NODE="1", **inputs)
+    layout = ["--nodes=1-2", "--ntasks-per-node=2", "--gpus-per-node=0", f"--output={log}"]
+    job = slurm.submit(*layout, "scripts/pretrain.sbatch", *RUN, CHECKPOINTS=str(shrunk), LOGS=str(tmp_path / "logs"), **inputs)
+    until("step 9", lambda: max(losses(shrunk), default=0) >= 9)
+    assert slurm.job(job)["NumNodes"] == "2"
+    os.kill(rank_process(job, 3), signal.SIGSTOP)
+    assert slurm.local("kill-node", "n2").returncode == 0
+    try:
+        until("the end on one node", lambda: slurm.states(job) == ["COMPLETED"])
+    finally:
+        assert slurm.local("start-node", "n2").returncode == 0
+    assert (slurm.job(job)["Restarts"], slurm.job(job)["NumNodes"]) == ("1", "1")
+    now = "2 tasks on 1 of 1 nodes: DP 2, 2 micro-batches for a global batch of 4"
+    before = "4 tasks on 2 of 2 nodes: DP 4, 1 micro-batches for a global batch of 4"
+    assert f"the run goes on with the same batches: {now} (before: {before})" in log.read_text()
+    expected = {step: pytest.approx(max(values), abs=1e-6) for step, values in losses(whole).items()}
+    assert {step: max(values) for step, values in losses(shrunk).items()} == expected
+    assert all(max(values) - min(values) < 1e-6 for values in losses(shrunk).values()), "a step done again read the same documents"
+
+
+def test_a_file_system_that_is_read_only_for_a_while_ends_no_job(slurm, inputs, tmp_path, small_disk):
+    whole, save, log = tmp_path / "whole", small_disk("40m"), tmp_path / "job.log"
+    slurm.run("bash", *RUN, CHECKPOINTS=str(whole), GPUS_PER_NODE="4", **inputs)
+    layout = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", f"--output={log}"]
+    job = slurm.submit(*layout, "scripts/pretrain.sbatch", *RUN, CHECKPOINTS=str(save), LOGS=str(tmp_path / "logs"), **inputs)
+    until("step 5", lambda: max(losses(save), default=0) >= 5)
+    subprocess.run(["mount", "-o", "remount,ro", str(save)], check=True)
+    time.sleep(3)
+    subprocess.run(["mount", "-o", "remount,rw", str(save)], check=True)
+    until("the end", lambda: slurm.states(job) == ["COMPLETED"])
+    assert slurm.job(job)["Restarts"] == "0", log.read_text()
+    assert losses(save) == losses(whole)
+    assert not (tmp_path / "logs" / "exits").exists()
+
+
+def test_at_its_time_limit_a_job_saves_and_goes_on(slurm, inputs, tmp_path):
+    """The signal comes within a minute of the start, and the run has more steps than fit."""
+    save, log = tmp_path / "save", tmp_path / "job.log"
+    layout = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=2", "--signal=USR1@60", f"--output={log}"]
+    steps = ["--train-iters", "100000", "--lr-decay-iters", "100000", "--save-interval", "100000"]
+    job = slurm.submit(*layout, "scripts/pretrain.sbatch", *RUN, *steps, CHECKPOINTS=str(save), LOGS=str(tmp_path / "logs"), **inputs)
+    until("requeue before the limit", lambda: slurm.job(job)["Restarts"] == "1")
+    saved = int((save / "latest_checkpointed_iteration.txt").read_text())
+    until("the next attempt's steps", lambda: max(losses(save)) > saved)
+    slurm.run("scancel", job)
+    assert saved == max(step for step, values in losses(save).items() if step <= saved)
+    assert "saved, and work is left; requeued" in log.read_text()
+
+
+def test_a_missing_interpreter_is_one_line_and_no_requeue(slurm, inputs, tmp_path):
+    log = tmp_path / "job.log"
+    layout = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={log}"]
+    nowhere = {"PYTHON": "/no/such/python", "PREFLIGHT": "no", "CHECKPOINTS": str(tmp_path / "save"), "LOGS": str(tmp_path / "logs")}
+    job = slurm.submit(*layout, "scripts/pretrain.sbatch", *RUN, **inputs, **nowhere)
+    until("the end", lambda: slurm.states(job) == ["FAILED"])
+    assert slurm.job(job)["Restarts"] == "0"
+    assert "a program or script is missing or cannot be run; not requeued" in log.read_text()
+
+
+def test_rank_0_is_met_where_an_arbitrary_placement_puts_it(slurm, inputs, tmp_path):
+    log, hosts = tmp_path / "job.log", tmp_path / "hosts"
+    hosts.write_text("n2\nn2\nn1\nn1\n")
+    layout = ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--gpus-per-node=0", "--distribution=arbitrary", f"--output={log}"]
+    where = {"SLURM_HOSTFILE": str(hosts), "CHECKPOINTS": str(tmp_path / "save"), "LOGS": str(tmp_path / "logs")}
+    job = slurm.submit(*layout, "scripts/pretrain.sbatch", *RUN, "--train-iters", "4", "--lr-decay-iters", "4", **inputs, **where)
+    until("the end", lambda: slurm.states(job) in (["COMPLETED"], ["FAILED"]))
+    assert slurm.states(job) == ["COMPLETED"], log.read_text()
+    assert (tmp_path / "logs" / "rank_00000_n2.log").exists()
 
 
 def test_tasks_of_an_array_make_one_dataset(slurm, tmp_path):
