@@ -4,11 +4,14 @@ those of a run that nothing happened to.
     python benchmarks/survive.py --faults 40 [--seed 1] [--ranks 4] [--folder DIR]
 
 Faults, in an order drawn from the seed: `kill -9` of a rank at any moment, or while a save is being written; of the whole job, at any
-moment or in a save; a disk that fills up in a save (files end at RLIMIT_FSIZE); SIGTERM; SIGSTOP of a rank. After each the job is started
-again by the same command with --auto-resume. Ranks are forked from this process, which has imported everything.
+moment or in a save; a disk that stays full (files end at RLIMIT_FSIZE); a file system that is stale for a while on one rank, which must end
+nothing, so that SIGTERM ends the job after it; SIGTERM; SIGSTOP of a rank, at any moment, or at the beginning of a save or a load, which
+must then be named. After each the job is started again by the same command with --auto-resume. Ranks are forked from this process, which
+has imported everything.
 """
 
 import argparse
+import errno
 import json
 import os
 import platform
@@ -19,12 +22,15 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from megatron_llama3.checkpoint import store
+from megatron_llama3.checkpoint.native import threaded_writer
 from megatron_llama3.checkpoint.native.weights import open_native_tensors, resolve_native
 from megatron_llama3.config.command_line import parse_run_config
 from megatron_llama3.data.dataset_writer import IndexedDatasetWriter
@@ -38,7 +44,10 @@ from megatron_llama3.training.stop import RESTART_STATUS
 VOCABULARY = 2003
 SAVE_INTERVAL = 3
 PATIENCE = 120.0  # seconds in which a job that was hit must have ended by itself
-FAULTS = ("kill rank", "kill rank in save", "kill job", "kill job in save", "full disk", "SIGTERM", "stop rank")
+FAULTS = ("kill rank", "kill rank in save", "kill job", "kill job in save", "full disk", "SIGTERM", "stop rank") + (
+    "storage blip", "stop in save", "stop in load",
+)  # fmt: skip
+PHASES = {"stop in save": "save", "stop in load": "loading a checkpoint"}
 FILE_SIZES = (300_000, 900_000)  # a rank's part of a checkpoint is larger
 STEPS_A_FAULT = 8
 
@@ -74,6 +83,8 @@ class Soak:
     steps_lost: int = 0
     wrong: list[str] = field(default_factory=list)
     starts: int = 0
+    failed_saves: int = 0
+    """before this start"""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -93,9 +104,13 @@ class Soak:
         """Starts the job, hits it if faults are left to inject, and waits for its end."""
         fault = self.random.choice(FAULTS) if len(self.faults) < self.wanted else None
         before = self.last_saved()
-        ranks = self.start("hit", file_size=self.random.randint(*FILE_SIZES) if fault == "full disk" else None)
+        if fault == "stop in load" and not before:
+            fault = "stop in save"  # there is nothing to load yet
+        victim, size = self.random.randrange(self.ranks), self.random.randint(*FILE_SIZES)
+        self.failed_saves = len(self.events("save_failed"))
+        ranks = self.start("hit", lambda: plant(fault, victim, size))
         hit_at = time.monotonic()
-        killed = self.hit(fault, ranks) if fault is not None else []
+        killed = self.hit(fault, ranks, victim) if fault is not None else []
         ended = self.join([rank for i, rank in enumerate(ranks) if i not in killed], PATIENCE if fault else 3600)
         for rank in ranks:
             rank.kill()  # a rank that was stopped
@@ -104,42 +119,47 @@ class Soak:
             return  # it came to its end before the fault did
         self.faults.append(fault)
         self.ending_seconds.setdefault(fault, []).append(time.monotonic() - hit_at)
-        expected = {2, RESTART_STATUS} if fault == "full disk" else {RESTART_STATUS}
-        if not set(ended) <= expected or (fault == "full disk" and 2 not in ended):
+        if set(ended) - {RESTART_STATUS}:
             self.wrong.append(f"fault {len(self.faults)}, {fault}: the other ranks ended with {ended}")
+        if fault in PHASES and [(e["rank"], e["phase"]) for e in self.events("hang")[-1:]] != [(victim, PHASES[fault])]:
+            self.wrong.append(f"fault {len(self.faults)}, {fault}: rank {victim} was not named")
         done = max((r["iteration"] for r in read_lines(self.folder / "hit" / "metrics.jsonl")[self.lines :]), default=before)
         self.steps_lost += max(0, done - self.last_saved())
         print(f"{len(self.faults):>4} {fault:<18} at step {done:>4}, saved {self.last_saved():>4}, statuses {ended}", flush=True)
 
-    def start(self, name: str, file_size: int | None = None) -> list:
+    def events(self, kind: str) -> list[dict]:
+        return [event for event in read_lines(self.folder / "hit" / "events.jsonl") if event["event"] == kind]
+
+    def start(self, name: str, before: Callable[[], None] = lambda: None) -> list:
         save = self.folder / name
         self.lines = len(read_lines(save / "metrics.jsonl"))
         flags = job_flags(self.folder, save, self.ranks, steps=self.steps)
 
         def job() -> int:
-            if file_size is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+            before()
             note_batches(self.folder / f"{name}-batches-{os.environ['RANK']}.jsonl")
             return pretrain(parse_run_config(flags.split()))
 
         self.starts += 1
         return start_ranks(self.ranks, lambda: run_and_exit(job), self.folder / f"{name}-{self.starts}.log")
 
-    def hit(self, fault: str, ranks: list) -> list[int]:
-        """Injects the fault at a random moment. Returns the ranks that do not end by themselves."""
-        if fault == "full disk":
-            return []
+    def hit(self, fault: str, ranks: list, victim: int) -> list[int]:
+        """Injects the fault at a random moment, if it was not planted. Returns the ranks that do not end by themselves."""
+        if fault == "full disk" or fault in PHASES:
+            return [victim] if fault in PHASES else []
+        if fault == "storage blip":
+            self.wait(lambda: len(self.events("save_failed")) > self.failed_saves, ranks)
         steps = self.random.randint(1, 12)
         metrics = self.folder / "hit" / "metrics.jsonl"
         self.wait(lambda: len(read_lines(metrics)) - self.lines >= steps, ranks)
         if fault.endswith("in save"):
             self.wait(lambda: any(self.folder.glob("hit/iter_*.partial")), ranks)
         time.sleep(self.random.random() * 0.05)
-        victims = list(range(self.ranks)) if "job" in fault else [self.random.randrange(self.ranks)]
-        number = {"SIGTERM": signal.SIGTERM, "stop rank": signal.SIGSTOP}.get(fault, signal.SIGKILL)
-        for victim in victims:
-            os.kill(ranks[victim].pid, number)
-        return [] if fault == "SIGTERM" else victims
+        victims = list(range(self.ranks)) if "job" in fault else [victim]
+        number = {"SIGTERM": signal.SIGTERM, "storage blip": signal.SIGTERM, "stop rank": signal.SIGSTOP}.get(fault, signal.SIGKILL)
+        for rank in victims:
+            os.kill(ranks[rank].pid, number)
+        return [] if number == signal.SIGTERM else victims
 
     def wait(self, condition, ranks: list) -> None:
         """Until `condition` holds or the job has ended."""
@@ -192,8 +212,39 @@ def job_flags(folder: Path, save: Path, ranks: int, steps: int) -> str:
         f"--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --num-query-groups 2 --vocab-size {VOCABULARY} "
         f"--seq-length 32 --global-batch-size 4 --lr 1e-3 --lr-warmup-iters 10 --eval-iters 0 {layout} --data-path {folder / 'corpus'} "
         f"--split 1,0,0 --train-iters {steps} --save {save} --auto-resume --save-interval {SAVE_INTERVAL} --keep-last 2 "
-        "--exit-signal-handler --hang-timeout-seconds 3 --distributed-timeout-minutes 1"
+        "--exit-signal-handler --hang-timeout-seconds 3 --distributed-timeout-minutes 1 --storage-retry-minutes 0.1"
     )
+
+
+def plant(fault: str | None, victim: int, file_size: int) -> None:
+    """In a rank, before it trains: the faults that strike by themselves."""
+    if fault == "full disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if os.environ["RANK"] != str(victim):
+        return
+    if fault == "storage blip":
+        fail_for_a_while(threaded_writer.ThreadedWriter, "write_data", seconds=1.0)
+    if fault == "stop in save":
+        stop_in(store.CheckpointWriter, "save")
+    if fault == "stop in load":
+        stop_in(store, "_load_tensors")
+
+
+def stop_in(owner, name: str) -> None:
+    setattr(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def fail_for_a_while(owner, name: str, seconds: float) -> None:
+    """From the first call on."""
+    function, began = getattr(owner, name), []
+
+    def fails(*arguments):
+        began.append(time.monotonic())
+        if began[-1] - began[0] < seconds:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return function(*arguments)
+
+    setattr(owner, name, fails)
 
 
 def note_batches(path: Path) -> None:

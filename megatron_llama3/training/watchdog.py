@@ -99,7 +99,7 @@ class Watchdog:
     def _publish(self, announced: str | None = None) -> Place:
         place = place_of_thread(self.thread, self.on_gpu)
         if announced is not None:
-            place = place._replace(phase=announced)
+            place = place._replace(phase=announced, call="its beginning")
         status = {"tick": self.tick, "beats": self.beats, "iteration": self.iteration, "waits": place.is_waiting}
         self.store.set(str(self.rank), json.dumps(status | {"phase": place.phase, "call": place.call}))
         return place

@@ -115,7 +115,7 @@ def test_a_job_survives_preemption_a_killed_rank_and_a_lost_node(slurm, inputs, 
 def test_a_node_lost_for_good_ends_no_run(slurm, inputs, tmp_path):
     """Of one or two nodes it has two, then one: half the data-parallel ranks, twice the micro-batches, the same batches."""
     whole, shrunk, log = tmp_path / "whole", tmp_path / "shrunk", tmp_path / "job.log"
-    slurm.run("bash", *RUN, CHECKPOINTS=str(whole), GPUS_PER_NODE="1", **inputs)
+    slurm.run("bash", *RUN, CHECKPOINTS=str(whole), GPUS_PER_NODE="2", **inputs)
     layout = ["--nodes=1-2", "--ntasks-per-node=2", "--gpus-per-node=0", f"--output={log}"]
     job = slurm.submit(*layout, "scripts/pretrain.sbatch", *RUN, CHECKPOINTS=str(shrunk), LOGS=str(tmp_path / "logs"), **inputs)
     until("step 9", lambda: max(losses(shrunk), default=0) >= 9)
@@ -127,8 +127,8 @@ def test_a_node_lost_for_good_ends_no_run(slurm, inputs, tmp_path):
     finally:
         assert slurm.local("start-node", "n2").returncode == 0
     assert (slurm.job(job)["Restarts"], slurm.job(job)["NumNodes"]) == ("1", "1")
-    now = "2 tasks on 1 of 1 nodes: DP 2, 2 micro-batches for a global batch of 4"
-    before = "4 tasks on 2 of 2 nodes: DP 4, 1 micro-batches for a global batch of 4"
+    now = "2 tasks on 1 of 1 nodes: DP 1, 4 micro-batches for a global batch of 4"
+    before = "4 tasks on 2 of 2 nodes: DP 2, 2 micro-batches for a global batch of 4"
     assert f"the run goes on with the same batches: {now} (before: {before})" in log.read_text()
     expected = {step: pytest.approx(max(values), abs=1e-6) for step, values in losses(whole).items()}
     assert {step: max(values) for step, values in losses(shrunk).items()} == expected

@@ -250,7 +250,7 @@ def test_a_phase_is_announced_before_it_begins(watch, monkeypatch):
     dog, _ = watch(rank=2)
     stands_in(monkeypatch, "between phases", "hook (hooks.py:9)", False)
     dog.announce("save")
-    assert (published(dog, 2)["phase"], published(dog, 2)["tick"]) == ("save", 0)
+    assert published(dog, 2) == {"tick": 0, "beats": 0, "iteration": 0, "waits": False, "phase": "save", "call": "its beginning"}
 
 
 def test_without_a_limit_nothing_is_announced(watch):
