@@ -63,9 +63,9 @@ def _run(config: RunConfig, groups, streams, stop: StopReasons, lock, since: flo
 
     say = partial(print, flush=True) if groups.rank == 0 else lambda line: None
     events, watchdog = EventLog(config), Watchdog(config.training, groups, EventLog(config))  # its thread has a log of its own
+    start = find_start(config, groups)  # refused before any weight is made, and any word about it kept, if it does not fit
     if groups.rank == 0:
         events.add("launch", since=since)
-    start = find_start(config, groups)  # refused before any weight is made if it does not fit
     engine, objective = build_engine(config, groups), NextToken()
     if start is not None:
         watchdog.announce(LOAD)

@@ -182,7 +182,8 @@ def test_rank_0_is_met_where_an_arbitrary_placement_puts_it(slurm, inputs, tmp_p
     job = slurm.submit(*layout, "scripts/pretrain.sbatch", *RUN, "--train-iters", "4", "--lr-decay-iters", "4", **inputs, **where)
     until("the end", lambda: slurm.states(job) in (["COMPLETED"], ["FAILED"]))
     assert slurm.states(job) == ["COMPLETED"], log.read_text()
-    assert (tmp_path / "logs" / "rank_00000_n2.log").exists()
+    (of_rank_0,) = (tmp_path / "logs").glob("rank_00000_*.log")
+    assert "attempt 0, rank 0 on n2\n" in of_rank_0.read_text()
 
 
 def test_tasks_of_an_array_make_one_dataset(slurm, tmp_path):
