@@ -12,6 +12,8 @@ MODULE=${MODULE:-megatron_llama3.recipes.pretrain}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
+ulimit -S -n 65536 2>/dev/null || ulimit -S -n "$(ulimit -Hn)" # rank 0 has three sockets for every other rank (docs/slurm.md)
+
 for flag in "$@"; do
     case $flag in
         --dry-run | --help | -h) exec "$PYTHON" -m "$MODULE" "$@" ;;

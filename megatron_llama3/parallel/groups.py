@@ -59,6 +59,8 @@ def initialize_groups(config: ParallelConfig, timeout_minutes: float = 10.0) -> 
     fake backend).
     """
     device = _this_device()
+    # Ranks of gloo connect when they first talk; else each group, of which three hold all ranks, makes a full mesh at once.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         # gloo beside NCCL: object collectives and asynchronous saves need a CPU backend in a GPU job too.
@@ -133,6 +135,18 @@ def _pipelines_again(topology: Topology, rank: int, timeout: timedelta) -> dist.
     return groups[tuple(topology.group_ranks(rank, "pp"))]
 
 
+def _introduce_stages(pipelines: tuple[dist.ProcessGroup, ...]) -> None:
+    """Connects each stage with the next, and the last with the first. Ranks of gloo connect when both have called the other, and until then
+    `irecv` does not return: stages that wait for each other's messages would wait for ever."""
+    for group in pipelines:
+        for stage in range(group.size()):  # link by link, in one order for all: no rank waits for one that waits for it
+            low, high = sorted((stage, (stage + 1) % group.size()))
+            if group.rank() == low:
+                dist.send(torch.zeros(1), group=group, group_dst=high)
+            elif group.rank() == high:
+                dist.recv(torch.zeros(1), group=group, group_src=low)
+
+
 def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: float) -> ParallelGroups:
     parallel_state = megatron_parallel_state()
     tp, cp, pp = config.tensor_model_parallel_size, config.context_parallel_size, config.pipeline_model_parallel_size
@@ -150,6 +164,9 @@ def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: 
     cpu_backend = "fake" if dist.get_backend() == "fake" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
+    again = _pipelines_again(topology, rank, timeout) if pp > 1 else pipeline
+    if pp > 1 and dist.get_backend() == "gloo":
+        _introduce_stages((pipeline, again))
     in_embedding_group = topology.coordinates(rank).pp in (0, pp - 1)
     return ParallelGroups(
         topology=topology,
@@ -158,7 +175,7 @@ def _make_groups(config: ParallelConfig, device: torch.device, timeout_minutes: 
         tp=parallel_state.get_tensor_model_parallel_group(),
         cp=parallel_state.get_context_parallel_group(),
         pp=pipeline,
-        pp_gradients=_pipelines_again(topology, rank, timeout) if pp > 1 else pipeline,
+        pp_gradients=again,
         dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         embedding=parallel_state.get_embedding_group() if in_embedding_group else None,

@@ -97,6 +97,7 @@ def _rank_main(rank: int, world_size: int, store_path: str, pipe, function: Call
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # a recipe wants to see them; the store below stands for them
     torch.set_num_threads(1)
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # as initialize_groups sets it
     try:
         store = dist.FileStore(store_path, world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))

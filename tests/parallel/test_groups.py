@@ -1,5 +1,6 @@
 """How a rank joins a job and what its groups are asked for, by fakes; that the groups are right is in test_topology.py."""
 
+import os
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ def asked(monkeypatch):
         setattr(state, f"get_{name}_group", lambda name=name: name)
     state.get_data_parallel_group = lambda with_context_parallel: f"data {with_context_parallel}"
     monkeypatch.setattr(groups, "megatron_parallel_state", lambda: state)
+    monkeypatch.setattr(groups, "_introduce_stages", lambda pipelines: None)
     monkeypatch.delenv("RANK", raising=False)
     return calls
 
@@ -127,3 +129,36 @@ def test_what_rank_0_says():
     first, second = run_ranks(2, _answers)
     assert first == [{"asked": 1}, {"asked": 2}, "not today", 3, False]
     assert second == [{"asked": 1}, None, "not today", 0, False]
+
+
+def _sockets_after_talking() -> int:
+    groups = initialize_groups(ParallelConfig(world_size=dist.get_world_size(), tensor_model_parallel_size=2))
+    dist.barrier(groups.control)
+    for group in (groups.control, groups.saving):
+        dist.all_reduce(torch.ones(1), group=group)
+        dist.all_gather_object([None] * groups.topology.world_size, "host", group=group)
+        dist.broadcast_object_list(["answer"], src=0, group=group)
+    links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    return sum(os.readlink(link).startswith("socket:") for link in links if os.path.islink(link))
+
+
+@pytest.mark.slow
+def test_a_rank_of_a_larger_job_has_hardly_more_sockets():
+    few, many = (max(run_ranks(ranks, _sockets_after_talking)) for ranks in (4, 16))
+    assert many <= few + 12, "a mesh of each group would be 12 more for each of the three groups that hold all ranks, and 33 for the others"
+
+
+def _receive_before_anyone_sends() -> list[float]:
+    groups = initialize_groups(ParallelConfig(world_size=3, pipeline_model_parallel_size=3))
+    found = []
+    for group in (groups.pp, groups.pp_gradients):
+        got = torch.zeros(1)
+        work = dist.irecv(got, group=group, group_src=(groups.rank - 1) % 3)
+        dist.isend(torch.tensor([1.0 + groups.rank]), group=group, group_dst=(groups.rank + 1) % 3).wait()
+        work.wait()
+        found += got.tolist()
+    return found
+
+
+def test_stages_may_receive_before_anyone_sends():
+    assert run_ranks(3, _receive_before_anyone_sends, timeout=60) == [[3.0, 3.0], [1.0, 1.0], [2.0, 2.0]]
