@@ -57,9 +57,9 @@ def text_shower(tokenizer_model: str | None, characters: int):
     """A function from ids to one line: the beginning of their text, or the ids themselves without a tokenizer."""
     if tokenizer_model is None:
         return lambda ids: " ".join(map(str, ids[: characters // 6])) + (" ..." if len(ids) > characters // 6 else "")
-    from megatron_llama3.tokenizer.llama3 import load_tokenizer
+    from megatron_llama3.tokenizer.foreign_tokenizer import open_tokenizer
 
-    tokenizer = load_tokenizer(tokenizer_model)
+    tokenizer = open_tokenizer(tokenizer_model)
 
     def show(ids: np.ndarray) -> str:
         if len(ids) and int(ids.max()) >= tokenizer.vocab_size:

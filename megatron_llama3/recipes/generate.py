@@ -16,7 +16,7 @@ from megatron_llama3.config.errors import UserError, exit_on_user_error
 if TYPE_CHECKING:
     from megatron_llama3.checkpoint.lazy_tensor import WeightSource
     from megatron_llama3.inference.engine import Completion
-    from megatron_llama3.tokenizer.llama3 import Tokenizer
+    from megatron_llama3.tokenizer.foreign_tokenizer import AnyTokenizer
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,14 +63,14 @@ def main(argv: list[str] | None = None) -> None:
             print(prompt + tokenizer.decode(completion.token_ids), flush=True)
 
 
-def open_checkpoint(args: argparse.Namespace) -> tuple["WeightSource", "Tokenizer"]:
+def open_checkpoint(args: argparse.Namespace) -> tuple["WeightSource", "AnyTokenizer"]:
     """The stored weights, and the tokenizer that was named, or that lies with them, or that their run was trained with."""
     from megatron_llama3.checkpoint.huggingface import open_hf
     from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, TOKENIZER_FOLDER, resolve_native
     from megatron_llama3.checkpoint.native.manifest import damage
     from megatron_llama3.checkpoint.native.weights import open_native
     from megatron_llama3.config.command_line import load_run_config
-    from megatron_llama3.tokenizer.llama3 import load_tokenizer
+    from megatron_llama3.tokenizer.foreign_tokenizer import open_tokenizer
 
     if args.load_hf:
         source, path = open_hf(args.load_hf), args.load_hf
@@ -86,10 +86,10 @@ def open_checkpoint(args: argparse.Namespace) -> tuple["WeightSource", "Tokenize
         raise UserError(f"{args.load}: its run_config.yaml names no tokenizer: give --tokenizer-model")
     if not Path(path).exists():
         raise UserError(f"{args.load}: the tokenizer that its run_config.yaml names, {path}, is not here: give --tokenizer-model")
-    return source, load_tokenizer(path)
+    return source, open_tokenizer(path)
 
 
-def complete(args: argparse.Namespace, source: "WeightSource", tokenizer: "Tokenizer") -> list["Completion"]:
+def complete(args: argparse.Namespace, source: "WeightSource", tokenizer: "AnyTokenizer") -> list["Completion"]:
     import torch
 
     from megatron_llama3.config.parallel import ParallelConfig
@@ -110,7 +110,7 @@ def complete(args: argparse.Namespace, source: "WeightSource", tokenizer: "Token
     return completions
 
 
-def _stop_ids(source: "WeightSource", tokenizer: "Tokenizer") -> set[int]:
+def _stop_ids(source: "WeightSource", tokenizer: "AnyTokenizer") -> set[int]:
     ends = source.generation.get("eos_token_id", [])
     return {*tokenizer.stop_ids, *(ends if isinstance(ends, list) else [ends])}
 

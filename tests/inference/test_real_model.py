@@ -12,6 +12,7 @@ from megatron_llama3.checkpoint.native import open_native, write_native
 from megatron_llama3.inference.engine import InferenceEngine
 from megatron_llama3.inference.sampling import GREEDY
 from megatron_llama3.planning.local_ranks import run_ranks
+from megatron_llama3.recipes import generate
 from tests.inference.models import loaded
 
 PROMPTS = ["The capital of France is", "Water boils at", "def fibonacci(n):\n    "]
@@ -52,6 +53,18 @@ def test_greedy_text_equals_transformers(smollm2, tmp_path, tp):
     source = _converted(file, tmp_path) if tp == 1 else open_gguf(file)
     for result in run_ranks(tp, _generate, source, prompts):
         assert result == expected
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_same_text(smollm2, tmp_path, capsys):
+    """SmolLM2's tokenizer is of another family than Llama 3's."""
+    from transformers import AutoTokenizer
+
+    file, prompts, expected = smollm2
+    export_hf(open_gguf(file), tmp_path / "hf")
+    generate.main(["--load-hf", str(tmp_path / "hf"), "--prompt", PROMPTS[0], "--max-new-tokens", str(NEW_TOKENS), "--greedy"])
+    text = AutoTokenizer.from_pretrained(tmp_path / "hf").decode(prompts[0] + expected[0])
+    assert capsys.readouterr().out == f"--- {NEW_TOKENS} tokens\n{text}\n"
 
 
 def _converted(file, folder):
