@@ -1,13 +1,12 @@
-"""Real text that every machine with Python has: the standard library's own source, some files held out.
+"""Real text that every machine with Python has: the standard library's own source, every 16th file held out.
 
     python tools/quickstart_corpus.py --output runs/quickstart/corpus
 
-Writes train.jsonl and held_out.jsonl, each line with "text" and "path". Tests are left out: not every machine has them. Files are cut, at
-blank lines where there are any, into documents of about a sequence: whole files would fill a small run's batches with one file each.
+Writes train.jsonl and held_out.jsonl, each line a file with "text" and "path". Left out are tests, which not every machine has, and
+character tables and the texts of `help()`: they are easier than code, or other, and one part would have more of them than the other.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sysconfig
@@ -16,9 +15,8 @@ from pathlib import Path
 
 from megatron_llama3.config.errors import UserError, exit_on_user_error
 
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-HELD_OUT_SHARE = 1 / 16
-DOCUMENT_CHARACTERS = 1600
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "entities.py"}
+HELD_OUT_EVERY = 16
 
 
 def source_files(library: Path) -> Iterator[tuple[str, str]]:
@@ -31,20 +29,11 @@ def source_files(library: Path) -> Iterator[tuple[str, str]]:
                 yield str(relative), text
 
 
-def documents_of(text: str) -> Iterator[str]:
-    """Pieces that end at a blank line after DOCUMENT_CHARACTERS, at the latest with a line after twice as many; joined, the text."""
-    start = 0
-    while start < len(text):
-        blank = text.find("\n\n", start + DOCUMENT_CHARACTERS, start + 2 * DOCUMENT_CHARACTERS)
-        border = blank + 1 if blank >= 0 else text.find("\n", start + 2 * DOCUMENT_CHARACTERS)
-        end = len(text) if border < 0 else border + 1
-        yield text[start:end]
-        start = end
-
-
-def is_held_out(path: str) -> bool:
-    """A function of the path alone, so that a second run holds out the same files."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little") < HELD_OUT_SHARE * 2**32
+def split(files: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(training, held out): every 16th file in order of size, so that both have small and large ones alike."""
+    by_size = sorted(files, key=lambda file: (len(file[1]), file[0]))
+    held_out = by_size[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
+    return [file for file in files if file not in held_out], held_out
 
 
 def main() -> None:
@@ -53,18 +42,18 @@ def main() -> None:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     parser.add_argument("--library", type=Path, default=stdlib, help="folder of the source (default: this Python's)")
     args = parser.parse_args()
-    documents = list(source_files(args.library))
-    parts = {"train": [d for d in documents if not is_held_out(d[0])], "held_out": [d for d in documents if is_held_out(d[0])]}
+    files = list(source_files(args.library))
+    parts = dict(zip(("train", "held_out"), split(files)))
     if not all(parts.values()):
-        raise UserError(f"--library {args.library}: {len(documents)} Python files, too few to train on some and hold out others")
+        raise UserError(f"--library {args.library}: {len(files)} Python files, too few to train on some and hold out others")
     args.output.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         aside = args.output / f".{name}.jsonl"
-        lines = [json.dumps({"text": document, "path": path}) + "\n" for path, text in part for document in documents_of(text)]
+        lines = [json.dumps({"text": text, "path": path}) + "\n" for path, text in part]
         aside.write_text("".join(lines))
         os.replace(aside, args.output / f"{name}.jsonl")
         characters = sum(len(text) for _, text in part)
-        print(f"{args.output / name}.jsonl: {len(lines):,} documents of {len(part)} files, {characters / 1e6:.1f} M characters")
+        print(f"{args.output / name}.jsonl: {len(part)} files, {characters / 1e6:.1f} M characters")
 
 
 def command() -> None:

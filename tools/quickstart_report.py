@@ -1,6 +1,6 @@
 """What a small run on Python source has learned: loss, text, and whether the text is Python or a copy.
 
-    python tools/quickstart_report.py --export EXPORT --corpus CORPUS --data DATA --log metrics.jsonl --plot loss.png
+    python tools/quickstart_report.py --export EXPORT --corpus CORPUS --data DATA --held-out-data DATA --log metrics.jsonl --plot loss.png
 
 Loads a Hugging Face export in transformers, continues held-out prompts with it, and prints its numbers beside those of real held-out text.
 Exit status 1 if the held-out loss is not below 0.6 of the corpus's unigram entropy.
@@ -9,6 +9,7 @@ Exit status 1 if the held-out loss is not below 0.6 of the corpus's unigram entr
 import argparse
 import io
 import json
+import math
 import sys
 import tokenize
 from pathlib import Path
@@ -20,7 +21,6 @@ from megatron_llama3.data.indexed_dataset import IndexedDataset
 from megatron_llama3.training.events import read_metrics
 
 LOSS_SHARE = 0.6
-TABLES = "encodings/"  # character tables, far easier than code: told apart in the report, and no prompts come from them
 WINDOW = 512
 PROMPTS = 16
 PROMPT_CHARACTERS, NEW_TOKENS = 300, 96
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, required=True, help="Hugging Face folder with its tokenizer")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of train.jsonl and held_out.jsonl")
     parser.add_argument("--data", type=Path, required=True, help="indexed dataset of the training text, without .bin")
+    parser.add_argument("--held-out-data", type=Path, required=True, help="indexed dataset of the held-out text, without .bin")
     parser.add_argument("--log", type=Path, required=True, help="metrics.jsonl of the run")
     parser.add_argument("--plot", type=Path, required=True, help="PNG to write")
     args = parser.parse_args()
@@ -39,21 +40,20 @@ def main() -> None:
         if not path.is_file():
             raise UserError(f"{path}: no such file; scripts/quickstart.sh makes it")
     train, held_out = (documents(args.corpus / f"{name}.jsonl") for name in ("train", "held_out"))
-    code = [(path, text) for path, text in held_out if not path.startswith(TABLES)]
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.export)
     model = AutoModelForCausalLM.from_pretrained(args.export).eval()
-    dataset = IndexedDataset(args.data)
-    entropy = unigram_entropy(dataset.tokens(0, dataset.num_tokens))
-    losses = {document: summed_loss(model, tokenizer, document[1]) for document in held_out}
-    loss, loss_of_code = (mean([losses[document] for document in part]) for part in (held_out, code))
-    prompted = [text for _, text in code if len(text) > 2 * PROMPT_CHARACTERS]
+    train_tokens, held_out_tokens = (d.tokens(0, d.num_tokens) for d in map(IndexedDataset, (args.data, args.held_out_data)))
+    entropy, alike = unigram_entropy(train_tokens), unigram_loss(train_tokens, held_out_tokens)
+    total, count = (sum(numbers) for numbers in zip(*(summed_loss(model, tokenizer, text) for _, text in held_out), strict=True))
+    loss, bits = total / count, total / sum(len(text.encode()) for _, text in held_out) / math.log(2)
+    prompted = [second_half(text) for _, text in held_out if len(text) > 8 * PROMPT_CHARACTERS]
     prompts, real = prompts_and_rest(spread(prompted, PROMPTS))
     generated = continuations(model, tokenizer, prompts)
     show_samples(prompts, generated)
-    print_numbers(loss, loss_of_code, entropy, real, generated, "\0".join(text for _, text in train))
+    print_numbers(loss, bits, entropy, alike, real, generated, "\0".join(text for _, text in train))
     plot_losses(args.log, args.plot, entropy, loss)
     print(f"loss plot: {args.plot}")
     if loss >= LOSS_SHARE * entropy:
@@ -79,6 +79,13 @@ def unigram_entropy(tokens) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def unigram_loss(train, held_out) -> float:
+    """Nats a held-out token under the training text's frequencies, each token counted once more: near the entropy if the two are alike."""
+    size = int(max(train.max(), held_out.max())) + 1
+    counts = np.bincount(train, minlength=size) + 1
+    return float(-np.log(counts / counts.sum())[held_out].mean())
+
+
 def summed_loss(model, tokenizer, text: str) -> tuple[float, int]:
     """(summed negative log-likelihood, number of tokens predicted) of a document alone, in windows of WINDOW tokens."""
     import torch
@@ -93,8 +100,9 @@ def summed_loss(model, tokenizer, text: str) -> tuple[float, int]:
     return total, count
 
 
-def mean(losses: list[tuple[float, int]]) -> float:
-    return sum(total for total, _ in losses) / sum(count for _, count in losses)
+def second_half(text: str) -> str:
+    """From the first whole line of it on: code, where a file begins with words."""
+    return text[text.find("\n", len(text) // 2) + 1 :]
 
 
 def prompts_and_rest(documents: list[str]) -> tuple[list[str], list[str]]:
@@ -121,13 +129,14 @@ def show_samples(prompts: list[str], generated: list[str]) -> None:
     print("----")
 
 
-def print_numbers(loss: float, loss_of_code: float, entropy: float, real: list[str], generated: list[str], train: str) -> None:
+def print_numbers(loss: float, bits: float, entropy: float, alike: float, real: list[str], generated: list[str], train: str) -> None:
     real = [text[: len(made)] for text, made in zip(real, generated, strict=True)]
     copied = {name: longest_copied_run("\n".join(found), train) for name, found in (("generated", generated), ("real", real))}
     rows = [
         ("held-out loss, nats a token", f"{loss:.3f}", f"must be below {LOSS_SHARE * entropy:.3f}, {LOSS_SHARE} of the entropy"),
-        (f"the same without {TABLES}", f"{loss_of_code:.3f}", f"character tables are easy; {loss_of_code / entropy:.2f} of the entropy"),
+        ("the same, bits a byte", f"{bits:.3f}", "whatever the tokenizer is"),
         ("unigram entropy of the corpus", f"{entropy:.3f}", f"the loss is {loss / entropy:.2f} of it"),
+        ("held-out text by its frequencies", f"{alike:.3f}", "about the entropy, where both are drawn alike"),
         ("generated lines tokenize accepts", f"{accepted_share(generated):.0%}", f"of real held-out lines: {accepted_share(real):.0%}"),
         ("longest run copied from training", f"{len(copied['generated'])} characters", f"of real held-out text: {len(copied['real'])}"),
     ]
@@ -183,9 +192,10 @@ def plot_losses(log: Path, plot: Path, entropy: float, final: float) -> None:
 
     records = read_metrics(log)
     figure, axes = plt.subplots(figsize=(8, 5))
-    for key, label, style in (("loss", "training", "-"), ("validation_loss", "held-out", "o")):
+    for key, label, style in (("loss", "training", "-"), ("validation_loss", "held-out, as trained on", "o-")):
         points = [(record["consumed_tokens"] / 1e6, record[key]) for record in records if key in record]
         axes.plot(*zip(*points), style, label=label)
+    axes.plot(points[-1][0], final, "*", markersize=12, label="held-out, whole, after export")
     axes.axhline(entropy, color="gray", linestyle=":", label="unigram entropy")
     axes.axhline(LOSS_SHARE * entropy, color="gray", linestyle="--", label=f"{LOSS_SHARE} of it")
     axes.set(xlabel="million tokens", ylabel="loss, nats a token", title=f"held-out loss at the end: {final:.2f}")

@@ -1,4 +1,4 @@
-"""The corpus: nothing lost in cutting, held-out files apart, the same on a second run."""
+"""The corpus: held-out files apart and drawn alike, the same on a second run."""
 
 import json
 import os
@@ -6,23 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 
-from tools.quickstart_corpus import DOCUMENT_CHARACTERS, documents_of, is_held_out
+from tools.quickstart_corpus import split
 
 TOOL = Path(__file__).parents[2] / "tools" / "quickstart_corpus.py"
 
 
-@given(st.lists(st.integers(0, 3000), max_size=8), st.sampled_from(["\n", "\n\n"]))
-def test_documents_are_the_text(lengths, between):
-    text = between.join("x" * length for length in lengths)
-    documents = list(documents_of(text))
-    assert "".join(documents) == text
-    for document in documents[:-1]:
-        assert document.endswith("\n")
-        assert DOCUMENT_CHARACTERS < len(document) <= 2 * DOCUMENT_CHARACTERS + 3001
-        assert document.endswith("\n\n") or "\n\n" not in document[DOCUMENT_CHARACTERS : 2 * DOCUMENT_CHARACTERS]
+def test_both_parts_are_drawn_alike():
+    """Of files of any sizes every 16th goes to the held-out part, from the smallest to the largest."""
+    files = [(f"{size}.py", "x" * size) for size in range(1, 1601)]
+    train, held_out = split(files)
+    assert sorted(train + held_out) == sorted(files)
+    assert len(held_out) == 100
+    means = [sum(len(text) for _, text in part) / len(part) for part in (train, held_out)]
+    assert means[0] == pytest.approx(means[1], rel=0.01)
 
 
 def _library(folder: Path) -> Path:
@@ -31,8 +29,9 @@ def _library(folder: Path) -> Path:
         path = library / f"package{i % 3}" / f"module{i}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"value = {i}\n")
-    (library / "test").mkdir()
-    (library / "test" / "test_it.py").write_text("tests = 'left out'\n")
+    for name in ("test/test_it.py", "encodings/cp1.py", "html/entities.py"):
+        (library / name).parent.mkdir()
+        (library / name).write_text("tests = 'left out'\n")
     (library / "package0" / "empty.py").write_text("\n")
     return library
 
@@ -48,8 +47,7 @@ def test_every_file_is_on_one_side(tmp_path):
     assert _run(library, tmp_path / "a").returncode == 0
     rows = {name: [json.loads(line) for line in (tmp_path / "a" / f"{name}.jsonl").open()] for name in ("train", "held_out")}
     assert sorted(row["text"] for side in rows.values() for row in side) == sorted(f"value = {i}\n" for i in range(200))
-    assert all(is_held_out(row["path"]) == (name == "held_out") for name, side in rows.items() for row in side)
-    assert 3 < len(rows["held_out"]) < 30
+    assert len(rows["held_out"]) == 12
     assert _run(library, tmp_path / "b").returncode == 0
     for name in rows:
         assert (tmp_path / "a" / f"{name}.jsonl").read_bytes() == (tmp_path / "b" / f"{name}.jsonl").read_bytes()

@@ -2,11 +2,21 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.quickstart_report import accepted_share, longest_copied_run, prompts_and_rest, spread, tokenizes, unigram_entropy
+from tools.quickstart_report import (
+    accepted_share,
+    longest_copied_run,
+    prompts_and_rest,
+    second_half,
+    spread,
+    tokenizes,
+    unigram_entropy,
+    unigram_loss,
+)
 
 
 @pytest.mark.parametrize("line", ["x = 1", "def f(self):", "# a comment, don't mind", "return {'a': [1, 2]}", '"""One line."""'])
@@ -51,6 +61,16 @@ def test_prompts_end_with_a_line():
 
 def test_unigram_entropy_of_equal_counts():
     assert unigram_entropy([1, 2, 3, 4, 4, 3, 2, 1]) == pytest.approx(math.log(4))
+
+
+def test_unigram_loss_of_the_same_and_of_other_text():
+    text = np.tile(np.arange(4), 10_000)
+    assert unigram_loss(text, text) == pytest.approx(unigram_entropy(text), rel=1e-3)
+    assert unigram_loss(text, np.array([4])) == pytest.approx(math.log(40_005))  # never seen: counted once
+
+
+def test_the_second_half_begins_with_a_line():
+    assert second_half("one\ntwo\nthree\nfour\n") == "four\n"
 
 
 def test_spread_is_even():
