@@ -15,6 +15,7 @@ import torch
 
 from megatron_llama3.config.errors import UserError
 from megatron_llama3.config.model import ModelConfig
+from megatron_llama3.config.run import RunConfig
 
 BLOCK_BYTES = 8 << 20
 
@@ -47,6 +48,21 @@ class LazyTensor:
 
 
 @dataclass(frozen=True)
+class OptimizerState:
+    """Adam's state on disk, by our names and in our row order, and how far its run had come."""
+
+    exp_avg: dict[str, LazyTensor]
+    exp_avg_sq: dict[str, LazyTensor]
+    step: int
+    """updates that Adam has counted"""
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    run: RunConfig
+    """what is known of the run: schedule, batch and sequence length"""
+
+
+@dataclass(frozen=True)
 class WeightSource:
     """A model on disk: its config, its weights under our names and in our row order, and what travels with it.
 
@@ -58,6 +74,8 @@ class WeightSource:
     assets: dict[str, bytes] = field(default_factory=dict)
     generation: dict = field(default_factory=dict)
     chat_template: str | None = None
+    optimizer: OptimizerState | None = None
+    """None where it is not there, or not asked for; where it is, `weights` are the optimizer's main ones"""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,6 +169,24 @@ def narrow(tensor: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
         return LazyTensor((length, *tensor.shape[1:]), tensor.dtype, lambda low, high: tensor.rows(start + low, start + high))
     shape = (tensor.shape[0], length)
     return LazyTensor(shape, tensor.dtype, lambda low, high: tensor.rows(low, high)[:, start : start + length])
+
+
+@dataclass(frozen=True)
+class _WithLeading(LazyTensor):
+    inner: LazyTensor
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        return self.inner.blocks()
+
+
+def with_leading(tensor: LazyTensor) -> LazyTensor:
+    """[...] -> [1, ...]; its blocks are still small."""
+    return _WithLeading((1, *tensor.shape), tensor.dtype, lambda start, stop: tensor.read().unsqueeze(0)[start:stop], tensor)
+
+
+def without_leading(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """[1, ...] -> `shape`, the same without dimensions of size 1 in front."""
+    return LazyTensor(shape, tensor.dtype, lambda start, stop: tensor.read().view(shape)[start:stop])
 
 
 def equal(a: LazyTensor, b: LazyTensor) -> bool:

@@ -27,7 +27,7 @@ from megatron_llama3.checkpoint.files.publish import sync
 from megatron_llama3.checkpoint.huggingface import open_hf
 from megatron_llama3.checkpoint.native.checked_loading import CheckedReader, CoveringPlanner
 from megatron_llama3.checkpoint.native.checksums import DamagedCheckpointError
-from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, read_train_state
+from megatron_llama3.checkpoint.native.folder import CONFIG_FILE, LATEST_FILE, STATE_FILE, WITHOUT_DATA, read_train_state
 from megatron_llama3.checkpoint.native.manifest import MANIFEST_FILE, summarize, write_manifest
 from megatron_llama3.checkpoint.native.metadata import SafeFileSystemReader
 from megatron_llama3.checkpoint.native.retention import PARTIAL, REPLACED, delete_older, remove_leftovers
@@ -35,7 +35,7 @@ from megatron_llama3.checkpoint.native.threaded_writer import ThreadedWriter, fi
 from megatron_llama3.checkpoint.weight_reader import WeightReader
 from megatron_llama3.config.command_line import resolved_yaml
 from megatron_llama3.config.errors import UserError
-from megatron_llama3.config.run import RunConfig
+from megatron_llama3.config.run import CheckpointConfig, RunConfig
 from megatron_llama3.config.storage import StorageError, is_passing, patiently
 from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.parallel.groups import agreed, said_by_rank_0
@@ -194,13 +194,15 @@ def _load_checkpoint(folder: Path, config: RunConfig, engine: Engine, stream: Tr
     options = config.checkpoint
     saved = agreed(engine.groups, lambda: _read_state(folder, config))
     if "data" not in saved and not options.finetune:
-        raise UserError(f"--load {folder}: holds weights alone, no training run to go on with: add --finetune to start from them")
+        _check_data_may_begin(saved, options, folder)
     with_optimizer = not (options.finetune or options.no_load_optim)
     state = TrainState.from_saved(saved)
     reader = agreed(engine.groups, lambda: _reader(folder, options.no_load_checksums))
     _load_tensors(engine, reader, folder, state.updates, with_optimizer)
     if options.finetune:
         return TrainState()
+    if "data" not in saved:
+        return state
     try:
         stream.load_state_dict(saved["data"])
         if not options.no_load_rng:
@@ -214,6 +216,13 @@ def _reader(folder: Path, no_checksums: bool) -> SafeFileSystemReader:
     reader = SafeFileSystemReader(folder) if no_checksums else CheckedReader(folder)
     reader.read_metadata()
     return reader
+
+
+def _check_data_may_begin(saved: dict, options: CheckpointConfig, folder: Path) -> None:
+    if not saved.get(WITHOUT_DATA):
+        raise UserError(f"--load {folder}: holds weights alone, no training run to go on with: add --finetune to start from them")
+    if not options.override_data:
+        raise UserError(f"--load {folder}: was converted, and has no place in the data: add --override-data to begin the data at its start")
 
 
 def load_hf_weights(folder: Path, engine: Engine) -> None:

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import torch
 
+from megatron_llama3.checkpoint.files.opaque import OthersOpaque
 from megatron_llama3.checkpoint.lazy_tensor import from_mapping
 from megatron_llama3.config.errors import UserError
 
@@ -69,8 +70,16 @@ def _empty_dict() -> collections.OrderedDict:
     return collections.OrderedDict()
 
 
-def read_archive(mapping: mmap.mmap, where: object, start: int = 0, length: int | None = None) -> object:
+def read_archive(
+    mapping: mmap.mmap,
+    where: object,
+    start: int = 0,
+    length: int | None = None,
+    others: Mapping[tuple[str, str], object] | None = None,
+) -> object:
     """What torch.save wrote into bytes [start, start+length) of a mapped file, with a LazyTensor in the place of each tensor.
+
+    With `others`, classes that it has may be in it too, and any other becomes an Opaque (files/opaque.py).
 
     Raises UserError for a truncated file, a member that is compressed, and a pickle that asks for anything but tensors.
     """
@@ -102,7 +111,7 @@ def read_archive(mapping: mmap.mmap, where: object, start: int = 0, length: int 
     allowed[("torch._utils", "_rebuild_tensor_v2")] = rebuild
     allowed[("torch._utils", "_rebuild_parameter")] = lambda tensor, *_: tensor
     allowed[("collections", "OrderedDict")] = _empty_dict
-    return unpickle(pickled, allowed, where, storage)
+    return unpickle(pickled, allowed if others is None else OthersOpaque(allowed | dict(others)), where, storage)
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

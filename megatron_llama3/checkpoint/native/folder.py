@@ -11,6 +11,7 @@ CONFIG_FILE = "run_config.yaml"
 STATE_FILE = "train_state.json"
 TOKENIZER_FOLDER = "tokenizer"  # tokenizer files and generation_config.json that came with converted weights
 _MOST_DIGITS = 15
+WITHOUT_DATA = "has_no_data_position"  # in the train state of a run that was converted with its optimizer
 COUNTS = ("iteration", "consumed_samples", "consumed_tokens")  # in every train state
 
 

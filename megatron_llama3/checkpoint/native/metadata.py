@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import FileSystemReader, filesystem, metadata
 
+from megatron_llama3.checkpoint.files.opaque import OthersOpaque
 from megatron_llama3.checkpoint.files.torch_archive import unpickle
 from megatron_llama3.checkpoint.native.counted_files import CountedFiles
 from megatron_llama3.config.errors import UserError
@@ -43,12 +44,13 @@ def _few(values: tuple) -> tuple:
     return values
 
 
-def read_metadata(folder: Path) -> metadata.Metadata:
-    """The checkpoint's table of contents. Raises UserError if it is missing, damaged, or asks for any other type."""
+def read_metadata(folder: Path, others_opaque: bool = False) -> metadata.Metadata:
+    """The checkpoint's table of contents. Raises UserError if it is missing, damaged, or asks for any other type; with `others_opaque`
+    values of other types are passed over, as Megatron-LM keeps plans of saving in it."""
     path = Path(folder) / METADATA_FILE
     if not path.is_file():
         raise UserError(f"{path}: the file is missing; {folder} is no complete native checkpoint")
-    content = unpickle(path.read_bytes(), _ALLOWED, path)
+    content = unpickle(path.read_bytes(), OthersOpaque(_ALLOWED) if others_opaque else _ALLOWED, path)
     if not isinstance(content, metadata.Metadata):
         raise UserError(f"{path}: holds no checkpoint metadata")
     return content
@@ -63,6 +65,8 @@ class StoredChunk:
     path: Path
     offset: int
     length: int
+    stored_sizes: tuple[int, ...] | None = None
+    """its shape in the file where that has more dimensions, of size 1, than the tensor"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,14 @@ def stored_tensors(folder: Path, prefix: str = "") -> dict[str, StoredTensor]:
 
     Raises UserError as `read_metadata` does, and for a table of contents that contradicts itself or leaves the folder.
     """
-    content = read_metadata(folder)
+    tensors = tensors_in(read_metadata(folder), folder, prefix)
+    for key, tensor in tensors.items():
+        check_cover(key, tensor, folder)
+    return tensors
+
+
+def tensors_in(content: metadata.Metadata, folder: Path, prefix: str = "") -> dict[str, StoredTensor]:
+    """Every tensor whose key starts with `prefix`; its chunks lie within it and the folder, but need not cover it."""
     try:
         places = {(index.fqn, tuple(index.offset or ())): info for index, info in content.storage_data.items()}
         return {
@@ -99,13 +110,20 @@ def _stored_tensor(key: str, entry: metadata.TensorStorageMetadata, places: dict
         if any(not 0 <= start <= start + size <= whole for start, size, whole in zip(offsets, sizes, shape, strict=True)):
             raise UserError(f"{folder}: a chunk of {key} at {list(offsets)} of {list(sizes)} leaves its shape {list(shape)}")
         chunks.append(StoredChunk(offsets, sizes, folder / info.relative_path, info.offset, info.length))
-    if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape) or not isinstance(entry.properties.dtype, torch.dtype):
+    if not isinstance(entry.properties.dtype, torch.dtype):
+        raise UserError(f"{folder}: {METADATA_FILE} has no dtype for {key}")
+    return StoredTensor(entry.properties.dtype, shape, chunks)
+
+
+def check_cover(key: str, tensor: StoredTensor, folder: Path) -> None:
+    """Raises UserError unless the chunks of a tensor fill it, each element once."""
+    shape, chunks = tensor.shape, tensor.chunks
+    if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
         raise UserError(f"{folder}: the chunks of {key} do not cover its shape {list(shape)}")
     if any(chunk.sizes[2:] != shape[2:] for chunk in chunks):
         raise UserError(f"{folder}: {key} is cut along more than two dimensions")
     if overlap([(chunk.offsets, chunk.sizes) for chunk in chunks]):
         raise UserError(f"{folder}: chunks of {key} overlap, so that they do not cover its shape {list(shape)}")
-    return StoredTensor(entry.properties.dtype, shape, chunks)
 
 
 def overlap(chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
