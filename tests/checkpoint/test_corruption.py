@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from megatron_llama3.checkpoint.gguf import open_gguf
 from megatron_llama3.checkpoint.huggingface import open_hf, write_hf
 from megatron_llama3.checkpoint.lazy_tensor import WeightSource, from_tensor
-from megatron_llama3.checkpoint.megatron import open_megatron, write_megatron
 from megatron_llama3.checkpoint.meta import open_meta, write_meta
 from megatron_llama3.checkpoint.native import open_native, write_native
 from megatron_llama3.checkpoint.native.manifest import damage, damaged_files
@@ -25,7 +24,7 @@ from tests.checkpoint.gguf.test_weights import write_gguf
 from tests.tokenizer.vocabularies import small_vocabulary
 
 MODEL = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=1, vocab_size=16)
-WRITE = {"hf": write_hf, "native": write_native, "meta": lambda source, folder: write_meta(source, folder, 2), "megatron": write_megatron}
+WRITE = {"hf": write_hf, "native": write_native, "meta": lambda source, folder: write_meta(source, folder, 2)}
 VALUES = [None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**30, 10**400, 0.5, -1e300, 1e400, float("nan"), "", "x", "a/../b", "é\ud800"]
 VALUES += [[], [1], [[1]], {}, {"a": 1}, ["x"] * 1000]
 
@@ -57,7 +56,6 @@ READ = {
     "hf": lambda folder: read_weights(open_hf(folder)),
     "native": read_checkpoint,
     "meta": lambda folder: read_weights(open_meta(folder)),
-    "megatron": lambda folder: read_weights(open_megatron(folder)),
     "gguf": lambda folder: read_weights(open_gguf(folder)),
     "tokenizer": read_tokenizer,
 }

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import random
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_llama3.model.initial_weights import initial_weight
 from megatron_llama3.model.sharding import weight_table
 from megatron_llama3.planning.local_ranks import run_ranks
 from tests.checkpoint.megatron import oracle
+from tests.checkpoint.test_corruption import changed
 from tests.tools.test_convert_checkpoint import convert
 
 MODEL = ModelConfig(num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=99)
@@ -137,6 +139,25 @@ def test_what_cannot_be_read_is_one_line(written, harm, message):
     with pytest.raises(UserError, match=message) as refused:
         open_megatron(written)
     assert "\n" not in str(refused.value)
+
+
+def test_changed_files_are_read_or_refused(written):
+    files = sorted(path for path in (written / "release").iterdir())
+    refused = []
+    for seed in range(100):
+        dice = random.Random(seed)
+        path = files[dice.randrange(len(files))]
+        whole = path.read_bytes()
+        path.write_bytes(changed(path, dice))
+        try:
+            for tensor in open_megatron(written).weights.values():
+                tensor.read()
+        except UserError as error:
+            refused.append(str(error))
+        finally:
+            path.write_bytes(whole)
+    assert len(refused) >= 20
+    assert not any("\n" in line for line in refused)
 
 
 @pytest.mark.parametrize(
