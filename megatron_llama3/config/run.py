@@ -126,6 +126,12 @@ class LoggingConfig:
     log_interval: int = option(1, "Steps between log lines.")
     log_dir: str | None = option(None, "Folder of metrics.jsonl and events.jsonl; default the save folder.")
     layer_norms_interval: int | None = option(None, "Steps between metrics with the gradient norm of each layer; unset, there are none.")
+    sample_interval: int | None = option(None, "Steps between texts that the model writes after --sample-prompts; unset, it writes none.")
+    sample_prompts: list[str] = field(**list_option("With --sample-interval: beginnings of texts.", nargs="+", needs="sample_interval"))
+    sample_tokens: int = option(32, "With --sample-interval: tokens of each text, a forward pass each.", needs="sample_interval")
+    sample_temperature: float = option(
+        0.0, "With --sample-interval: 0 takes the likeliest token, above it draws.", zero_ok=True, needs="sample_interval"
+    )
     log_straggler: bool = option(False, "Measure each rank's own work and name ranks that are slow.")
     straggler_interval: int = option(50, "With --log-straggler: steps between comparisons of all ranks.", needs="log_straggler")
     straggler_factor: float = option(1.3, "With --log-straggler: how many times the median of all ranks is slow.", needs="log_straggler")

@@ -379,6 +379,10 @@ def _logging(config: "RunConfig") -> Iterator[str]:
     for rank in log.profile_ranks if log.profile else []:
         if rank >= config.parallel.world_size:
             yield f"--profile-ranks {rank}: there are {config.parallel.world_size} ranks, counted from 0"
+    if log.sample_interval is not None and not log.sample_prompts:
+        yield f"--sample-interval {log.sample_interval} needs --sample-prompts TEXT ...: what the texts begin with"
+    if log.sample_interval is not None and config.data.tokenizer_model is None:
+        yield f"--sample-interval {log.sample_interval} needs --tokenizer-model, to read the prompts and write the texts"
     for name in ("profile", "record_memory_history"):
         if getattr(log, name) and log.log_dir is None and config.checkpoint.save is None:
             yield f"{flag(name)} writes into --log-dir or --save: give one"

@@ -19,6 +19,7 @@ from megatron_llama3.inference.sampling import Sampling, choose
 from megatron_llama3.model.attention import AttentionMask
 from megatron_llama3.model.llama import Llama, ModelInputs
 from megatron_llama3.parallel.collectives import all_gather_first_dim
+from megatron_llama3.parallel.tensor_parallel import TensorParallel
 
 PREFILL_TOKENS = 1024  # of one pass over all rows: a pass holds the logits of its tokens, 128,256 columns each
 
@@ -78,7 +79,8 @@ class InferenceEngine:
         if padding.any():
             documents = (np.arange(end) >= padding.cpu().numpy()[:, None]).astype(np.int32)
         mask = AttentionMask([(past, end)], documents, self.device)
-        return self._whole_vocabulary(self.model(None, ModelInputs(tokens, positions.clamp(min=0), mask), caches))
+        logits = self.model(None, ModelInputs(tokens, positions.clamp(min=0), mask), caches)
+        return whole_vocabulary(logits, self.config.vocab_size, self.tp)
 
     def _prefill(self, tokens: Tensor, padding: Tensor, caches: dict[int, KVCache]) -> Tensor:
         """Logits [b, V] after the last token of the prompts, in passes of bounded size."""
@@ -94,14 +96,6 @@ class InferenceEngine:
         rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         padding = [longest - len(prompt) for prompt in prompts]
         return torch.tensor(rows, device=self.device).T.contiguous(), torch.tensor(padding, device=self.device)
-
-    def _whole_vocabulary(self, logits: Tensor) -> Tensor:
-        """[n, b, V/t] -> [n, b, V] on every TP rank; the last ranks may hold fewer columns."""
-        if self.tp.size == 1:
-            return logits
-        share = -(-self.config.vocab_size // self.tp.size)
-        padded = F.pad(logits, (0, share - logits.shape[-1]))
-        return all_gather_first_dim(padded.movedim(-1, 0), self.tp.group)[: self.config.vocab_size].movedim(0, -1)
 
     def _agree(self, chosen: Tensor) -> Tensor:
         """The choice of TP rank 0: ranks that differ by a rounding must not go different ways."""
@@ -119,3 +113,12 @@ class InferenceEngine:
                     f"prompt {number} has {len(prompt)} tokens; with --max-new-tokens {max_new_tokens} that is more than the model's "
                     f"{room} (max_position_embeddings): shorten one"
                 )
+
+
+def whole_vocabulary(logits: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
+    """[n, b, V/t] -> [n, b, V] on every TP rank; the last ranks may hold fewer columns."""
+    if tp.size == 1:
+        return logits
+    share = -(-vocab_size // tp.size)
+    padded = F.pad(logits, (0, share - logits.shape[-1]))
+    return all_gather_first_dim(padded.movedim(-1, 0), tp.group)[:vocab_size].movedim(0, -1)

@@ -18,6 +18,7 @@ from megatron_llama3.config.run import RunConfig
 from megatron_llama3.config.storage import patiently
 from megatron_llama3.data.loader import TrainingStream
 from megatron_llama3.parallel.groups import ParallelGroups, said_by_rank_0
+from megatron_llama3.recipes.samples import Samples
 from megatron_llama3.training.engine import Engine
 from megatron_llama3.training.events import EventLog
 from megatron_llama3.training.garbage import ManualGarbageCollection
@@ -90,6 +91,7 @@ def hooks_in_order(
     hooks += [rolling_back(engine, train_stream, config, observers, saves, start)]
     hooks += [saving(saves, train_stream, config, observers)] if saves is not None else []
     hooks += [evaluation(engine, objective, valid_stream, config, observers)] if valid_stream is not None else []
+    hooks += [Samples(engine, config, observers)] if config.logging.sample_interval is not None else []
     return hooks
 
 

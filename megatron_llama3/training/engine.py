@@ -84,6 +84,19 @@ class Engine(ABC):
         return dict(zip(objective.terms, sums, strict=True)), self._global_count(batch, objective)
 
     @torch.no_grad()
+    def read_logits(self, batch: Batch, read: Callable[[Tensor, int], None]) -> None:
+        """Runs every micro-batch forward; `read(logits [s, b, V/t], micro-batch)` is called on the last stage. Weights stay gathered."""
+        microbatches = make_microbatches(batch, self.groups, self.config.data.document_mask)
+        for m in microbatches:
+            m.inputs.targets = None
+
+        def on_output(output: Tensor, m: int) -> Tensor:
+            read(output, m)
+            return output
+
+        self._run_pipeline(microbatches, on_output, forward_only=True)
+
+    @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> float:
         """Scales gradients so that their global norm is at most `max_norm` (0: leaves them). Returns the norm before."""
         gradients = self.owned_gradients()

@@ -66,6 +66,12 @@ class MetricsLogger:
         self.print_line(f"iteration {state.iteration} | validation loss {loss:.4f}")
         self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens, "validation_loss": loss})
 
+    def sampled(self, state: TrainState, texts: list[str]) -> None:
+        """Notes what the model wrote."""
+        for text in texts:
+            self.print_line(f"iteration {state.iteration} | sample: {text!r}")
+        self._record({"iteration": state.iteration, "consumed_tokens": state.consumed_tokens, "samples": "\n\n".join(texts)})
+
     def training_paused(self, seconds: float) -> None:
         """Between the last step and the next something else was done, which is no training time."""
         self.since += seconds  # as if the interval of these metrics had begun later

@@ -36,7 +36,8 @@ class TensorBoard:
             if self.writer is None:
                 self.writer = SummaryWriter(self.folder, purge_step=self.first_step)
             for name, value in record.items():
-                self.writer.add_scalar(name, value, record["iteration"])
+                add = self.writer.add_text if isinstance(value, str) else self.writer.add_scalar
+                add(name, value, record["iteration"])
             self.writer.flush()  # its thread's errors would come with a later record otherwise
         except OSError:
             self.writer, self.first_step = None, record["iteration"]  # one whose thread has failed takes nothing more

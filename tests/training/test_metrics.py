@@ -276,3 +276,12 @@ def test_all_starts_of_a_run_are_one_run_of_weights_and_biases(tmp_path, monkeyp
         log_two_steps(config_for(tmp_path, wandb_project="test", wandb_save_dir=str(tmp_path)), monkeypatch)
     ids = {path.name.split("-")[3] for path in tmp_path.glob("wandb/offline-run-*")}
     assert ids == {(tmp_path / wandb_run.ID_FILE).read_text()}
+
+
+def test_samples_are_lines_and_one_record(tmp_path, capsys):
+    logger = MetricsLogger(config_for(tmp_path), TrainState())
+    logger.sampled(TrainState(iteration=5, consumed_tokens=9), ["a\nb", "c"])
+    logger.close()
+    (record,) = map(json.loads, logger.path.read_text().splitlines())
+    assert (record["iteration"], record["samples"]) == (5, "a\nb\n\nc")
+    assert capsys.readouterr().out.splitlines() == [r"iteration 5 | sample: 'a\nb'", "iteration 5 | sample: 'c'"]
