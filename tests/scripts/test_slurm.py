@@ -116,8 +116,9 @@ def test_a_node_lost_for_good_ends_no_run(slurm, inputs, tmp_path):
     """Of one or two nodes it has two, then one: half the data-parallel ranks, twice the micro-batches, the same batches."""
     whole, shrunk, log = tmp_path / "whole", tmp_path / "shrunk", tmp_path / "job.log"
     slurm.run("bash", *RUN, CHECKPOINTS=str(whole), GPUS_PER_NODE="2", **inputs)
-    layout = ["--nodes=1-2", "--ntasks-per-node=2", "--gpus-per-node=0", f"--output={log}"]
-    job = slurm.submit(*layout, "scripts/pretrain.sbatch", *RUN, CHECKPOINTS=str(shrunk), LOGS=str(tmp_path / "logs"), **inputs)
+    layout = ["--nodes=1-2", "--gpus-per-node=0", f"--output={log}"]
+    where = {"CHECKPOINTS": str(shrunk), "LOGS": str(tmp_path / "logs"), "TASKS_PER_NODE": "2"}
+    job = slurm.submit(*layout, "scripts/pretrain.sbatch", *RUN, **inputs, **where)
     until("step 9", lambda: max(losses(shrunk), default=0) >= 9)
     assert slurm.job(job)["NumNodes"] == "2"
     os.kill(rank_process(job, 3), signal.SIGSTOP)
