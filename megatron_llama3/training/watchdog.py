@@ -200,7 +200,8 @@ class Watchdog:
     def _store_owner(self) -> dict:
         is_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         state = "does not answer (it, or the launcher there, holds the job's key-value store)" if is_launcher else "does not answer"
-        here = {"iteration": self.iteration, "phase": "an unknown phase", "call": "its store is silent"}
+        phase = place_of_thread(self.thread, self.on_gpu).phase  # where this rank waits for it
+        here = {"iteration": self.iteration, "phase": phase, "call": f"its store is silent; rank {self.rank} waits there"}
         return {"rank": 0, "host": self.hosts[0], "state": state} | here
 
 

@@ -386,11 +386,12 @@ def test_a_store_that_is_silent_is_told_by_the_first_rank_that_it_is_not_on(watc
     dog.beat(17)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
     monkeypatch.setattr(module, "_in_thread", lambda function, seconds: None)
+    stands_in(monkeypatch, "save")
     reported = []
     monkeypatch.setattr(dog, "_report", reported.extend)
     dog._find_and_report()
     state = "does not answer" + " (it, or the launcher there, holds the job's key-value store)" * (agent == "True")
-    where = {"iteration": 17, "phase": "an unknown phase", "call": "its store is silent"}
+    where = {"iteration": 17, "phase": "save", "call": f"its store is silent; rank {rank} waits there"}
     assert reported == ([{"rank": 0, "host": "node0", "state": state} | where] if speaks else [])
 
 
