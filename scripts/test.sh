@@ -10,6 +10,7 @@ selection="not full"
 case "${1:-}" in
     --quick) selection="not slow and not full and not cuda"; shift ;;
     --full) selection=""; shift ;;
+    -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit ;;
 esac
 source scripts/_setup.sh test
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

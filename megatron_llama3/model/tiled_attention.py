@@ -56,7 +56,7 @@ def plan_tiled(mask: AttentionMask, batch: int) -> Plan:
 def _unseen(mask: AttentionMask, start: int, end: int) -> tuple[int, np.ndarray]:
     """(first key that one of the queries `start` to `end` sees, bool [b or 1, queries, n] of the last n keys before `end`)"""
     ids = np.zeros((1, end), np.int32) if mask.document_ids is None else mask.document_ids[:, :end]
-    first = int(np.argmax(ids == ids[:, start : start + 1], axis=1).min())  # documents are in order: the first query's begins first
+    first = min(int(np.searchsorted(row, row[start])) for row in ids)  # documents are in order: the first query's begins first
     is_before = np.arange(first, end) <= np.arange(start, end)[:, None]
     unseen = ~(is_before & (ids[:, start:, None] == ids[:, None, first:]))
     seen_by_all = int(np.argmax(unseen.any(axis=(0, 1)))) if unseen.any() else unseen.shape[-1] - 1
@@ -74,7 +74,7 @@ def tiles_of(borders: Tensor, hidden: Tensor) -> Iterator[Tile]:
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    """q [s, b, heads, d]; k, v [S, b, KV heads, d] -> [s, b, heads, d], computed in at least float32."""
+    """q [s, b, heads, d]; k, v [S, b, KV heads, d] -> [s, b, heads, d], computed in at least float32. Has no second derivative."""
     return _forward(q, k, v, plan.borders, plan.hidden)
 
 

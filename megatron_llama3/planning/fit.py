@@ -44,7 +44,7 @@ def changes_that_fit(config: RunConfig, phase: Phase, count: int = 2) -> list[Ch
             continue
         spare = spare_bytes(changed, peak_memory(changed, phase).total)
         if spare >= 0:
-            found.append(Change(" ".join(_as_flags(fields)), spare))
+            found.append(Change(" ".join(_as_flags(fields, config)), spare))
             sufficient.append(fields)
         if len(found) == count:
             break
@@ -71,7 +71,8 @@ def _candidates(config: RunConfig) -> list[dict]:
     )
 
 
-def _as_flags(fields: dict) -> list[str]:
-    given = {name: value for name, value in fields.items() if value not in (None, [])}
+def _as_flags(fields: dict, config: RunConfig) -> list[str]:
+    """To append to the run's own: a list that gets empty is a flag without words."""
+    given = {name: value for name, value in fields.items() if value is not None and value != getattr(config.parallel, name)}
     words = {name: " ".join(value) if isinstance(value, list) else str(value) for name, value in given.items()}
-    return [flag(name) if given[name] is True else f"{flag(name)} {text}" for name, text in words.items()]
+    return [flag(name) if given[name] in (True, []) else f"{flag(name)} {text}" for name, text in words.items()]

@@ -29,15 +29,17 @@ def test_a_run_fits_with_the_reserve_and_not_with_a_byte_less():
     assert re.search(r"fits a GPU of [\d.]+ GiB less 2 in reserve: -?0.00 GiB to spare", describe(config))
 
 
-def test_what_would_fit_does():
-    """Each change that the dry run offers, given as the flags that it prints."""
-    device = ["--device-memory-gib", f"{needed(RUN) + 4.5:.3f}"]
-    lines = describe(parse_run_config([*RUN, *device])).splitlines()
+@pytest.mark.parametrize("more", ["", "--recompute-granularity selective --recompute-modules layernorm"], ids=["plain", "norms remade"])
+def test_what_would_fit_does(more):
+    """Each change that the dry run offers, given as the flags that it prints, behind those of the run."""
+    run = [*RUN, *more.split()]
+    device = ["--device-memory-gib", f"{needed(run) + 4.5:.3f}"]
+    lines = describe(parse_run_config([*run, *device])).splitlines()
     assert any(re.fullmatch(r" +does not fit a GPU of [\d.]+ GiB less 5 in reserve: 0.50 GiB too much", line) for line in lines)
     offers = [re.fullmatch(r" +would fit with (.+): ([\d.]+) GiB to spare", line) for line in lines if "would fit" in line]
     assert offers
     for offer in offers:
-        config = parse_run_config([*RUN, *device, *offer[1].split()])
+        config = parse_run_config([*run, *device, *offer[1].split()])
         spare = spare_bytes(config, peak_memory(config, phases(config)[0]).total) / GIB
         assert 0 <= spare == pytest.approx(float(offer[2]), abs=0.01)
 

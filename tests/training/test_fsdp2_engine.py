@@ -123,3 +123,20 @@ def test_bf16_gradients_are_added_up_and_reduced_in_float32():
                 assert gradient.dtype == torch.float32
                 assert (gradient != gradient.bfloat16()).float().mean() > 0.2, f"{name}: rounded to bf16"
                 assert (gradient - exact[name]).norm() <= 0.1 * exact[name].norm(), name
+
+
+def _weights_after_a_step_in_bf16(config: RunConfig) -> dict[str, Tensor]:
+    groups = initialize_groups(config.parallel)
+    engine = build_engine(config, groups)
+    engine.forward_backward(synthetic_batch(config, 0, groups.at.dp, groups.topology.dp), NextToken())
+    engine.optimizer_step(1e-4)
+    return {name: local_part(p).detach().clone() for name, p in engine.named_weights()}
+
+
+def test_bf16_training_keeps_its_weights_in_float32():
+    """An update of 1e-4 is lost in bf16 where a weight is 0.1 or more, as each norm's is."""
+    for layout in ({"dp": 2}, {}):
+        for found in run_ranks(layout.get("dp", 1), _weights_after_a_step_in_bf16, config_of(PLAIN | layout, "bf16")):
+            for name, weight in found.items():
+                assert weight.dtype == torch.float32
+                assert (weight != weight.bfloat16()).float().mean() > 0.9, f"{name}: rounded to bf16"
