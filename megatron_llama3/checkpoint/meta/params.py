@@ -47,6 +47,8 @@ def config_from_meta(params: dict, vocab_size: int, ffn_hidden_size: int, tied: 
         raise UserError(f"{where}: vocab_size is {params['vocab_size']}, the embedding has {vocab_size} rows")
     params = {"n_kv_heads": params["n_heads"], **params, "vocab_size": vocab_size}
     values = {ours: as_field(ours, params[key], key, where) for key, ours in _SAME_VALUE.items()}
+    if values["hidden_size"] % values["num_attention_heads"]:
+        raise UserError(f"{where}: n_heads {values['num_attention_heads']} does not divide dim {values['hidden_size']}")
     multiplier = params.get("ffn_dim_multiplier")
     if multiplier is not None:
         multiplier = as_type(float, multiplier, "ffn_dim_multiplier", where)

@@ -135,10 +135,12 @@ def test_damaged_folders(tmp_path, damage, message):
     [
         ({"dim": None}, "dim is missing"),
         ({"vocab_size": 97}, "vocab_size is 97, the embedding has 96 rows"),
+        ({"n_heads": 2**31}, "n_heads 2147483648 does not divide dim"),
         ({"multiple_of": 4096}, "make the feed-forward 4096 wide, the weights have 160"),
         ({"vision_num_cross_attention_layers": 8}, "unknown field vision_num_cross_attention_layers = 8"),
         ({"n_layers": 3}, r"layers\.2\.attention_norm\.weight \[64\] is missing"),
-        ({"n_heads": 12}, "has shape"),
+        ({"n_heads": 12}, "n_heads 12 does not divide dim 64"),
+        ({"n_heads": 8}, "has shape"),
         ({"rope_theta": 10.5}, "no whole number"),
         ({"dim": "64"}, "dim is '64', no whole number above 0"),
         ({"n_heads": 0}, "n_heads is 0"),
