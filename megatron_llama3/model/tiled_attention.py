@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_llama3.parallel.torch_private import softmax_backward
+
 if TYPE_CHECKING:
     from megatron_llama3.model.attention import AttentionMask
 
@@ -98,7 +100,7 @@ def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, borders: Tensor
         weights = _weights(rows, keys, tile, q.shape[1])
         grad_values[:, tile.keys].baddbmm_(weights.transpose(1, 2), grad_rows)
         grad_weights = grad_rows @ values[:, tile.keys].transpose(1, 2)
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(q.shape[-1] ** -0.5)
+        grad_scores = softmax_backward(grad_weights, weights).mul_(q.shape[-1] ** -0.5)
         _write(grad_q, tile, grad_scores @ keys[:, tile.keys])
         grad_keys[:, tile.keys].baddbmm_(grad_scores.transpose(1, 2), rows)
     return grad_q, _by_token(grad_keys, k), _by_token(grad_values, v)

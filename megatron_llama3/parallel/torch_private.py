@@ -26,6 +26,11 @@ def assert_on_device(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
+def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
+    """The gradient of a softmax's input from that of its output, over the last dimension, in one pass."""
+    return torch.ops.aten._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
+
+
 def flatten(tensors: list[Tensor]) -> Tensor:
     """One flat copy of tensors of one dtype, back to back."""
     return _flatten_dense_tensors(tensors)

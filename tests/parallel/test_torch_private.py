@@ -19,6 +19,7 @@ from megatron_llama3.parallel.torch_private import (
     finish_backward,
     flatten,
     recorded_collectives,
+    softmax_backward,
     unflatten,
 )
 from megatron_llama3.planning.local_ranks import run_ranks
@@ -39,6 +40,14 @@ def test_assert_on_device():
     assert_on_device(torch.tensor(True), "fine")
     with pytest.raises(RuntimeError, match="not fine"):
         assert_on_device(torch.tensor(False), "not fine")
+
+
+def test_softmax_backward():
+    scores, grad = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind(0)
+    scores.requires_grad_()
+    probabilities = scores.softmax(-1)
+    probabilities.backward(grad)
+    torch.testing.assert_close(softmax_backward(grad, probabilities.detach()), scores.grad)
 
 
 def _meet_and_finish_a_backward() -> tuple[bytes, list[float]]:
@@ -92,6 +101,6 @@ def _private_names(node: ast.AST) -> list[str]:
 
 
 def test_the_wrappers_are_all_here():
-    tested = {"flatten", "unflatten", "assert_on_device", "default_store", "finish_backward", "recorded_collectives"}
+    tested = {"flatten", "unflatten", "assert_on_device", "default_store", "finish_backward", "recorded_collectives", "softmax_backward"}
     functions = {node.name for node in ast.parse(Path(torch_private.__file__).read_text()).body if isinstance(node, ast.FunctionDef)}
     assert functions == tested
