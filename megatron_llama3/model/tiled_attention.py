@@ -1,7 +1,7 @@
 """Attention in plain matrix products, a tile of queries against the keys that one of them may see: the kernel of a CPU.
 
-torch's own kernel for the CPU works on blocks of 64 queries of one head, at a third of the speed of its matrix product, and with a mask
-of documents it computes all scores, masked or not. Here the queries of all heads that share a KV head are the rows of one product, keys
+torch's own kernel for the CPU works head by head, at a third of the speed of its matrix product, and with a mask of documents it computes
+all scores, masked or not. Here the queries of all heads that share a KV head are the rows of one product, keys
 behind the tile or before its documents are left out, and the backward pass makes the probabilities again: q, k and v are all it keeps.
 
 Both passes are operators of their own (`torch.library`), which a compiled block calls as they are.

@@ -30,17 +30,6 @@ MODEL = (
 TWO_BY_TWO = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    prefix = tmp_path_factory.mktemp("data") / "corpus"
-    rng = np.random.default_rng(0)
-    with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for length in rng.integers(5, 60, 80):
-            writer.add_document(rng.integers(0, VOCABULARY, length))
-        writer.finalize()
-    return str(prefix)
-
-
 def run(flags: str, world_size: int = 1, before=lambda: None) -> None:
     run_ranks(world_size, _rank, flags, before)
 
